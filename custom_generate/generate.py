@@ -1,0 +1,1463 @@
+"""Text of any length from a cache that never holds more than `window_length` tokens: attention sinks + recent tokens.
+
+    model.generate(**inputs, custom_generate="org/sink_cache", trust_remote_code=True, window_length=256, num_sink_tokens=4)
+
+The method is StreamingLLM (https://arxiv.org/abs/2309.17453). Of the tokens seen so far, the cache holds
+
+    [ 0 .. num_sink_tokens - 1 | the most recent ones ]        window_length in all, the newest included
+
+and the model sees them as if they were numbered 0 .. window_length - 1. It does not see further back than that: the context
+does not get longer, the text does. While nothing has been evicted, the logits are those of `DynamicCache`.
+
+The file is three ideas, each a small thing that can be read by itself, and what is made of them:
+
+    1. `Window`          where a token is stored: the slots of a ring behind the sinks
+    2. `Rotation`        how this model moves a key by some positions: found by asking the model, then checked
+    3. `Step`            what each query of one forward pass may see, and where the pass writes
+       `LayerGroup`      the keys and values themselves
+       `SinkCache`       the transformers cache
+       `generate`        what `custom_generate` calls
+
+Nothing here opens a file or a connection, changes anything global, or leaves anything on the model.
+"""
+
+import copy
+import functools
+import inspect
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+DEFAULT_WINDOW_LENGTH = 256
+DEFAULT_NUM_SINK_TOKENS = 4
+# Tokens of a prompt that go through the model in one pass: before the window is full, and after. A pass over a full window
+# attends to one moved copy of the sinks per token, so longer passes cost more memory and gain little.
+DEFAULT_PREFILL_CHUNK_SIZE = (1024, 128)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Where a token is stored
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """The tokens that a layer holds: the first `num_sinks` and the most recent ones, `length` in all.
+
+    Tokens are numbered 0, 1, 2, ... in each row by itself, padding not counted. Until `length` tokens have been seen, token t
+    is in slot t; from then on the slots behind the sinks are a ring, and each new token takes the slot of the oldest.
+    """
+
+    length: int
+    num_sinks: int
+
+    @property
+    def num_recent(self) -> int:
+        return self.length - self.num_sinks
+
+    def slot(self, token):
+        """The slot of a token (an int, or a tensor of them)."""
+        on_ring = self.num_sinks + (token - self.num_sinks) % self.num_recent
+        if isinstance(token, torch.Tensor):
+            return torch.where(token < self.num_sinks, token, on_ring)
+        return token if token < self.num_sinks else on_ring
+
+    def token(self, slot: torch.Tensor, num_seen: torch.Tensor) -> torch.Tensor:
+        """The token in each slot after `num_seen` tokens; for a slot not yet used, a number that is not less than `num_seen`."""
+        laps = torch.div(num_seen - 1 - slot, self.num_recent, rounding_mode="floor").clamp(min=0)
+        return torch.where(slot < self.num_sinks, slot, slot + laps * self.num_recent)
+
+    def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether the query of one token attends to the key of another."""
+        return (key <= query) & ((key < self.num_sinks) | (key > query - self.num_recent))
+
+    def shift(self, position):
+        """How far the sinks have to be moved for the query at a position, so that the first stands `length - 1` before it."""
+        shift = position - self.length + 1
+        return shift.clamp(min=0) if isinstance(shift, torch.Tensor) else max(shift, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. How this model moves a key
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary position embedding (https://arxiv.org/abs/2104.09864) as this model applies it to the keys of a layer.
+
+    Dimension i of a key turns together with dimension `partner[i]`, by `frequency[i]` radians per position; the two of a pair
+    carry opposite signs, and a dimension that does not turn has frequency 0. This covers halves and interleaved pairs,
+    leading, trailing or all dimensions, either direction, and none at all.
+
+    Attributes:
+        frequency: float32, `[head_dim]`
+        partner: int64, `[head_dim]`
+    """
+
+    frequency: torch.Tensor
+    partner: torch.Tensor
+
+    @classmethod
+    def of_pairs(cls, head_dim: int, inv_freq: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> "Rotation":
+        """The rotation that turns dimension `first[i]` towards dimension `second[i]`, `inv_freq[i]` radians a position."""
+        frequency, partner = torch.zeros(head_dim), torch.arange(head_dim)
+        frequency[first], frequency[second] = -inv_freq, inv_freq
+        partner[first], partner[second] = second, first
+        return cls(frequency, partner)
+
+    @classmethod
+    def identity(cls, head_dim: int) -> "Rotation":
+        """No rotation: keys do not depend on the position."""
+        return cls(torch.zeros(head_dim), torch.arange(head_dim))
+
+    @property
+    def is_identity(self) -> bool:
+        return not self.frequency.any()
+
+    def to(self, device: torch.device) -> "Rotation":
+        return Rotation(self.frequency.to(device), self.partner.to(device))
+
+    def angles(self, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+        """Angles that move a key from position `start` to `stop`: `[...]` -> `[..., head_dim]`, float32.
+
+        Each end is rounded as the model rounds it, so that a moved key meets the query as the model's own key would.
+        """
+        return stop[..., None].float() * self.frequency - start[..., None].float() * self.frequency
+
+    def turn(self, keys: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        """Keys `[..., head_dim]` turned by angles that broadcast to them. Computed in float32 and rounded once."""
+        wide = keys.float()
+        return (wide * angles.cos() + wide[..., self.partner] * angles.sin()).to(keys.dtype)
+
+    def explains(self, keys: torch.Tensor, positions: torch.Tensor, tolerance: float) -> bool:
+        """Whether keys `[tokens, positions, heads, head_dim]` are those at the first position, moved to the others.
+
+        Each dimension is judged by itself, against the length of the pair it belongs to: a wrong frequency can't hide
+        behind many right ones.
+        """
+        first = keys[:, :1].float()
+        angles = self.angles(positions[:1].expand_as(positions), positions)
+        error = self.turn(first, angles[None, :, None]) - keys.float()
+        length = (first.square() + first[..., self.partner].square()).mean((0, 2))
+        error = error.square().mean((0, 2)) / (length + 1e-4 * length.mean())
+        return bool(error.max() <= tolerance**2)
+
+
+def candidate_rotations(head_dim: int, tables: list[torch.Tensor]):
+    """Every rotation that models are known to apply, with the frequencies in `tables`; most usual first."""
+    yield Rotation.identity(head_dim)
+    for inv_freq in tables:
+        num_pairs = len(inv_freq)
+        index = torch.arange(num_pairs)
+        for offset in sorted({0, head_dim - 2 * num_pairs}):
+            if offset < 0:
+                continue
+            halves = offset + index, offset + index + num_pairs
+            interleaved = offset + 2 * index, offset + 2 * index + 1
+            for first, second in (halves, interleaved, halves[::-1], interleaved[::-1]):
+                yield Rotation.of_pairs(head_dim, inv_freq, first, second)
+
+
+@dataclass(frozen=True)
+class LayerTraits:
+    """What the cache has to know of one attention layer.
+
+    `native_window` is the layer's own sliding window (None: full attention); the shapes are `(num_heads, head_dim)`.
+    """
+
+    native_window: int | None
+    rotation: Rotation = field(compare=False)
+    key_shape: tuple[int, int]
+    value_shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What the cache has to know of a model.
+
+    `num_positions`: positions from here on are not computed as those below (None: no such limit). `is_ordered`: scores depend on
+    the order in which keys are handed out and on nothing else (ALiBi, no positions at all). `layer_types`: one name a layer
+    where the model takes one mask for each type of layer, else None.
+    """
+
+    layers: tuple[LayerTraits, ...]
+    num_positions: int | None
+    is_ordered: bool
+    layer_types: tuple[str, ...] | None
+
+
+# A rotation computed in this precision may be off by so much, relative to the length of a pair. float32: rounding of the
+# angle at the largest position. The others: the model rounds cosine, sine, both products and their sum.
+ROTATION_TOLERANCE = {torch.float64: 2e-3, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+# float32 holds every whole number up to here. What a model computes from larger positions is not what they say.
+MAX_EXACT_POSITION = 2**24
+
+# What was found out, so that a model is asked once for each window length.
+_known_traits: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
+
+
+def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
+    """Finds out what the cache has to know of a model, by one forward pass over 32 tokens the first time.
+
+    Raises:
+        ValueError: the rules can't be kept for this model. The message says what stands in the way.
+    """
+    known = _known_traits.setdefault(model, {})
+    key = window_length, model.dtype, model.device
+    if key not in known:
+        known[key] = _find_model_traits(model, window_length)
+    return known[key]
+
+
+@torch.no_grad()
+def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"SinkCache serves decoder-only models, and {name} is an encoder-decoder model.")
+    config = model.config.get_text_config(decoder=True)
+    native_windows = _native_windows(name, config)
+    accepted = inspect.signature(model.forward).parameters
+    num_positions = _num_positions(model, config) if "position_ids" in accepted else None
+    if num_positions is not None and 2 * window_length > num_positions:
+        raise ValueError(
+            f"window_length={window_length} is too long for {name}: its position embedding changes or ends at position "
+            f"{num_positions}, and the cache needs positions up to twice the window. Use a window_length of at most "
+            f"{num_positions // 2}."
+        )
+
+    # Ask: pairs of one and the same token, both at one position. A token that sees only itself and its copy goes through all
+    # layers alike wherever it stands, so between two positions its keys differ by what the model does to positions.
+    positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 1}))
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.linspace(0, vocab_size - 1, 6).long()[1:-1]
+    cache = DynamicCache()
+    inputs = {
+        "input_ids": tokens.repeat_interleave(len(positions))[:, None].repeat(1, 2).to(model.device),
+        "position_ids": positions.repeat(len(tokens))[:, None].repeat(1, 2).to(model.device),
+        "past_key_values": cache,
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
+    model(**{key: value for key, value in inputs.items() if key in accepted})
+    if len(cache.layers) != len(native_windows) or any(layer.keys is None for layer in cache.layers):
+        raise ValueError(f"SinkCache needs the keys and values of every layer, and {name} does not put them into its cache.")
+
+    tables = _inverse_frequencies(model, config)
+    layers = []
+    for layer, native_window in zip(cache.layers, native_windows):
+        keys = layer.keys.cpu()  # [tokens * positions, heads, 2, head_dim]
+        num_heads, head_dim = keys.shape[1], keys.shape[3]
+        tolerance = ROTATION_TOLERANCE[keys.dtype]
+        rotation = None
+        # The copy must be as the original, or the model counts positions by itself. Deeper layers would only add noise.
+        if layers or Rotation.identity(head_dim).explains(keys.transpose(1, 2), torch.zeros(2), tolerance):
+            asked = keys[:, :, 0].unflatten(0, (len(tokens), len(positions)))
+            candidates = candidate_rotations(head_dim, tables)
+            rotation = next((r for r in candidates if r.explains(asked, positions, tolerance)), None)
+        if rotation is None:
+            raise ValueError(
+                f"SinkCache can't keep its rules for {name}: no known rotation explains how the keys of layer {len(layers)} "
+                "change with their position. It has absolute or learned position embeddings, or a rotation of its own."
+                + (" The model is in training mode: if it has dropout, call `model.eval()` first." if model.training else "")
+            )
+        layers.append(
+            LayerTraits(
+                native_window=native_window,
+                rotation=rotation.to(layer.keys.device),
+                key_shape=(num_heads, head_dim),
+                value_shape=(layer.values.shape[1], layer.values.shape[3]),
+                dtype=layer.keys.dtype,
+                device=layer.keys.device,
+            )
+        )
+
+    is_ordered = all(layer.rotation.is_identity for layer in layers)
+    max_length = getattr(config, "max_seq_len", None)  # MPT: the length of its table of biases
+    if is_ordered and max_length is not None and window_length > max_length:
+        raise ValueError(f"window_length={window_length} is too long for {name}: its position biases end at {max_length}.")
+    layer_types = getattr(config, "layer_types", None)
+    return ModelTraits(tuple(layers), num_positions, is_ordered, layer_types and tuple(layer_types))
+
+
+def _native_windows(name: str, config) -> list[int | None]:
+    """The sliding window of each layer (None: full attention), as transformers' own cache for this model would have it."""
+    windows = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        layer_type = (getattr(config, "layer_types", None) or [""] * (index + 1))[index]
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif type(layer) is DynamicSlidingWindowLayer and "chunked" not in layer_type:
+            windows.append(layer.sliding_window)
+        else:
+            raise ValueError(
+                f"SinkCache serves layers with full or sliding-window attention, and layer {index} of {name} keeps another kind "
+                f"of state ({layer_type or type(layer).__name__})."
+            )
+    return windows
+
+
+def _inverse_frequencies(model: torch.nn.Module, config) -> list[torch.Tensor]:
+    """The tables of rotary frequencies that the model holds, each once, float32 on the CPU."""
+    tables: list[torch.Tensor] = []
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and "original" not in name:
+            table = buffer.float().cpu()
+            if not any(torch.equal(table, other) for other in tables):
+                tables.append(table)
+    if not tables and getattr(config, "rotary_dim", None):  # GPT-J, CodeGen: they hold sines and cosines instead
+        tables.append(10000.0 ** -(torch.arange(0, config.rotary_dim, 2) / config.rotary_dim))
+    return tables
+
+
+def _num_positions(model: torch.nn.Module, config) -> int | None:
+    """The position from which on the model computes positions in another way or not at all, None if there is none."""
+    limits = []
+    for module in model.modules():
+        rope_types = getattr(module, "rope_type", None) or ()
+        rope_types = rope_types.values() if isinstance(rope_types, dict) else [rope_types]
+        if any("dynamic" in rope_type for rope_type in rope_types):
+            limits.append(module.original_max_seq_len)
+        if any(rope_type == "longrope" for rope_type in rope_types):
+            parameters = config.rope_parameters
+            for each in [parameters, *parameters.values()]:
+                if isinstance(each, dict) and "original_max_position_embeddings" in each:
+                    limits.append(each["original_max_position_embeddings"])
+    if not any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
+        limits.append(config.max_position_embeddings)  # tables of that length
+    return min(limits, default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. What one forward pass does
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """One forward pass through the layers of one window: decided once here, applied alike in every layer.
+
+    There are two kinds. Where nothing that a query of the pass needs is evicted by it (the window is filling, or there is a
+    single new token), the new tokens are written to their slots and the slots are handed out as they are. Else the queries need
+    the sinks at different distances and tokens that later ones evict, so the pass is handed
+
+        [ the sinks as query 0 sees them | ... as query n-1 sees them | recent tokens as before the pass | new tokens ]
+
+    with a mask in which each query sees its own copy of the sinks.
+
+    Args:
+        window: the window of these layers.
+        num_seen: tokens seen before the pass, one number for each row, or a single one if that serves all rows.
+        num_new: new tokens of each row. They are the last ones of its `num_columns` columns, what comes before is padding.
+        num_columns: length of the pass.
+        base: what is subtracted from each row's token numbers to get positions.
+        is_ordered: hand out keys in the order of their tokens, right-aligned.
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        num_seen: list[int],
+        num_new: list[int],
+        num_columns: int,
+        base: list[int],
+        device: torch.device,
+        is_ordered: bool,
+    ):
+        self.window = window
+        self.device = device
+        self._num_seen, self._num_new = num_seen, num_new
+        self.num_columns = num_columns
+        self.is_uniform = len(num_seen) == 1
+        num_after = [seen + new for seen, new in zip(num_seen, num_new)]
+        self.num_held = min(max(num_after), window.length)
+        self.recent_before = slice(window.num_sinks, max(min(max(num_seen), window.length), window.num_sinks))
+        self.hands_out_slots = num_columns == 1 or max(num_after) <= window.length
+        self.writes_sinks = min(num_seen) < window.num_sinks
+        self.is_causal = self.hands_out_slots and (self.is_uniform or num_columns == 1 and min(num_after) >= self.num_held)
+        # How far the sinks have to be moved: once for each row, or for each query of the row.
+        self.shifts: list[int] | torch.Tensor = [window.shift(seen - start) for seen, start in zip(num_seen, base)]
+        self.order = None
+        if self.is_uniform and self.hands_out_slots:
+            # Contiguous slots: slices will do, and no tensor has to be made.
+            start = window.slot(num_seen[0])
+            self.tokens = None
+            self.rows, self.slots, self.columns = slice(None), slice(start, start + num_columns), slice(None)
+        else:
+            self._locate()
+            if not self.hands_out_slots:
+                self.shifts = window.shift(self.tokens - torch.tensor(base, device=device)[:, None])
+        if is_ordered:
+            self._order(num_after)
+
+    @property
+    def kv_length(self) -> int:
+        """How many keys and values the pass is handed."""
+        if self.hands_out_slots:
+            return self.num_held
+        num_copies = self.window.num_sinks * self.num_columns
+        return num_copies + self.recent_before.stop - self.recent_before.start + self.num_columns
+
+    def _locate(self) -> None:
+        """Where each new token is written, and which of them are still held after the pass."""
+        window, num_columns, device = self.window, self.num_columns, self.device
+        self.num_seen = torch.tensor(self._num_seen, device=device)[:, None]  # [rows, 1]
+        num_padding = num_columns - torch.tensor(self._num_new, device=device)[:, None]
+        column = torch.arange(num_columns, device=device)
+        self.tokens = self.num_seen + column - num_padding  # [rows, columns]
+        self.is_padding = column < num_padding
+        last = self.num_seen + num_columns - num_padding - 1
+        is_held = ~self.is_padding & window.sees(last, self.tokens)
+        rows, self.columns = is_held.nonzero(as_tuple=True)
+        self.slots = window.slot(self.tokens[rows, self.columns])
+        self.rows = slice(None) if self.is_uniform else rows
+
+    def written(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Row, slot and token of everything that is written, one entry each."""
+        if self.tokens is None:
+            tokens = torch.arange(self.num_columns, device=self.device) + self._num_seen[0]
+            slots = torch.arange(self.slots.start, self.slots.stop, device=self.device)
+        else:
+            slots = self.slots
+            tokens = self.tokens[0, self.columns] if self.is_uniform else self.tokens[self.rows, self.columns]
+        if not self.is_uniform:
+            return self.rows, slots, tokens
+        rows = torch.arange(batch_size, device=self.device).repeat_interleave(len(slots))
+        return rows, slots.repeat(batch_size), tokens.repeat(batch_size)
+
+    def only_sinks(self) -> tuple:
+        """`rows, slots, columns` of those new tokens that are sinks."""
+        num_sinks = self.window.num_sinks
+        if isinstance(self.slots, slice):
+            slots = slice(self.slots.start, min(self.slots.stop, num_sinks))
+            return self.rows, slots, slice(0, slots.stop - slots.start)
+        is_sink = self.slots < num_sinks
+        rows = self.rows if self.is_uniform else self.rows[is_sink]
+        return rows, self.slots[is_sink], self.columns[is_sink]
+
+    def _order(self, num_after: list[int]) -> None:
+        """The slots in the order of their tokens, the newest last: `[rows, num_held]`, and which of them are in use."""
+        window = self.window
+        after = torch.tensor(num_after, device=self.device)[:, None]
+        column = torch.arange(self.num_held, device=self.device)
+        is_full = after > window.length
+        token = torch.where(is_full & (column < window.num_sinks), column, after - self.num_held + column)
+        self.is_held = token >= 0
+        self.order = window.slot(token.clamp(min=0))
+
+    def visible(self) -> torch.Tensor:
+        """What each query sees: bool, `[rows, columns, kv_length]`. Not for passes that are `is_causal`."""
+        window, device = self.window, self.device
+        if self.tokens is None:
+            self._locate()
+        query = self.tokens[:, :, None]
+        if self.hands_out_slots:
+            slot = torch.arange(self.num_held, device=device)
+            last = self.num_seen + (~self.is_padding).sum(1, keepdim=True)
+            token = window.token(slot, last)[:, None]
+            # A padding query sees slot 0: what it computes is never used, but must be a number.
+            return window.sees(query.clamp(min=0), token)
+        own_copy = torch.eye(self.num_columns, dtype=torch.bool, device=device).repeat_interleave(window.num_sinks, 1)
+        sink = torch.arange(window.num_sinks, device=device).repeat(self.num_columns)
+        sinks = own_copy & (sink <= query)
+        slot = torch.arange(self.recent_before.start, self.recent_before.stop, device=device)
+        held = window.token(slot, self.num_seen)[:, None]
+        recent = (held < self.num_seen[:, :, None]) & window.sees(query, held)
+        token = self.tokens[:, None, :]
+        new = ~self.is_padding[:, None, :] & (token >= window.num_sinks) & window.sees(query, token)
+        itself = torch.eye(self.num_columns, dtype=torch.bool, device=device) & self.is_padding[:, :, None]
+        return torch.cat([sinks.expand(len(query), -1, -1), recent, new | itself], dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The keys and values
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LayerGroup:
+    """Keys and values of all layers that are alike: same window, rotation, shapes, dtype and device.
+
+    A recent key stays as it was written. Only the sinks move: `sinks` keeps them as they came, and before a pass they are
+    turned to where its query needs them, for all layers in one go. One rotation, one rounding, `num_sinks` keys a step.
+
+    Shapes: keys and values `[layers, batch, heads, slots, head_dim]`, sinks `[layers, batch, heads, num_sinks, head_dim]`.
+    """
+
+    def __init__(self, window: Window, traits: LayerTraits, num_layers: int):
+        self.window = window
+        self.traits = traits
+        self.rotation = traits.rotation
+        self.num_layers = num_layers
+        self.keys = self.values = self.sinks = None
+        self._sinks_move = window.num_sinks > 0 and not traits.rotation.is_identity
+
+    def allocate(self, batch_size: int) -> None:
+        def zeros(shape: tuple[int, int], length: int) -> torch.Tensor:
+            num_heads, head_dim = shape
+            size = (self.num_layers, batch_size, num_heads, length, head_dim)
+            return torch.zeros(size, dtype=self.traits.dtype, device=self.traits.device)
+
+        self.keys, self.values = zeros(self.traits.key_shape, 0), zeros(self.traits.value_shape, 0)
+        self.sinks = zeros(self.traits.key_shape, self.window.num_sinks)
+        self._sinks_to_turn: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._sinks_are_at: list[int] | None = [0]  # by how much the sinks in the slots are moved; None: not known
+        self.log: list[tuple] | None = None  # what passes have overwritten, while that is recorded
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room, at least doubling it each time, so that a short text does not pay for the whole window."""
+        capacity = self.keys.shape[3]
+        if num_slots > capacity:
+            capacity = min(self.window.length, max(num_slots, 2 * capacity, 32))
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                new = old.new_zeros(*old.shape[:3], capacity, old.shape[4])  # never garbage: 0 * NaN is NaN
+                new[:, :, :, : old.shape[3]] = old
+                setattr(self, name, new)
+
+    def begin(self, step: Step) -> None:
+        """Before a pass: make room, and bring the sinks to where its queries need them."""
+        self.reserve(step.num_held)
+        if self.log is not None:
+            rows, slots, tokens = step.written(self.keys.shape[1])
+            self.log.append((rows, slots, tokens, self.keys[:, rows, :, slots], self.values[:, rows, :, slots]))
+        if not step.hands_out_slots:
+            shift = step.shifts[:, :, None]  # [rows, columns, 1]
+            self._copies_turn = [x[:, None] for x in self._sink_turn(shift)]  # [rows, 1, columns, num_sinks, head_dim]
+        elif self._sinks_move and step.shifts != self._sinks_are_at:
+            shift = step.shifts[0] if step.is_uniform else torch.tensor(step.shifts, device=self.keys.device)[:, None, None]
+            self.keys[:, :, :, : self.window.num_sinks] = self._turned_sinks(slice(None), self._sink_turn(shift))
+            self._sinks_are_at = step.shifts
+
+    def update(
+        self, index: int, keys: torch.Tensor, values: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new tokens of one layer and hand out what its queries need: `[batch, heads, kv_length, head_dim]`."""
+        if step.writes_sinks:
+            rows, slots, columns = step.only_sinks()
+            self.sinks[index][rows, :, slots] = keys[rows, :, columns]
+            self._sinks_to_turn = None
+        if step.hands_out_slots:
+            self._write(index, keys, values, step.rows, step.slots, step.columns)
+            held_keys, held_values = self.keys[index], self.values[index]
+            if step.order is not None:
+                return _take_slots(held_keys, step.order), _take_slots(held_values, step.order)
+            return held_keys[:, :, : step.num_held], held_values[:, :, : step.num_held]
+        if step.writes_sinks:
+            self._write(index, keys, values, rows, slots, columns)
+        recent = step.recent_before
+        sink_keys = self._turned_sinks(index, self._copies_turn, dim=2)  # [batch, heads, columns, num_sinks, head_dim]
+        sink_values = self.values[index, :, :, None, : self.window.num_sinks].expand(-1, -1, step.num_columns, -1, -1)
+        all_keys = torch.cat([sink_keys.flatten(2, 3), self.keys[index, :, :, recent], keys], dim=2)
+        all_values = torch.cat([sink_values.flatten(2, 3), self.values[index, :, :, recent], values], dim=2)
+        self._write(index, keys, values, step.rows, step.slots, step.columns)
+        return all_keys, all_values
+
+    def _write(self, index: int, keys: torch.Tensor, values: torch.Tensor, rows, slots, columns) -> None:
+        self.keys[index][rows, :, slots] = keys[rows, :, columns]
+        self.values[index][rows, :, slots] = values[rows, :, columns]
+
+    def _sink_turn(self, shift) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines that move each sink by `shift` positions: an int, or a tensor that broadcasts to `[..., num_sinks]`."""
+        position = torch.arange(self.window.num_sinks, device=self.keys.device)
+        angles = self.rotation.angles(position, position + shift)
+        return angles.cos(), angles.sin()
+
+    def _turned_sinks(self, index, turn, dim: int | None = None) -> torch.Tensor:
+        """The sinks of one layer or of all, as `Rotation.turn` would move them; `dim` is where `turn` has one more dimension."""
+        if self._sinks_to_turn is None:  # what does not change from step to step
+            wide = self.sinks.float()
+            self._sinks_to_turn = wide, wide[..., self.rotation.partner]
+        wide, partner = (x[index] if dim is None else x[index].unsqueeze(dim) for x in self._sinks_to_turn)
+        cos, sin = turn
+        return (wide * cos + partner * sin).to(self.traits.dtype)
+
+    def move_back(self, num_positions: list[int]) -> None:
+        """Turn the held keys of each row back by so many positions. The sinks follow when the next pass begins."""
+        if self.rotation.is_identity:
+            return
+        start = torch.tensor(num_positions, device=self.keys.device)[:, None, None]  # [rows, 1, 1]
+        angles = self.rotation.angles(start, torch.zeros_like(start))  # [rows, 1, 1, head_dim]
+        for keys in self.keys:
+            keys.copy_(self.rotation.turn(keys, angles))
+        for rows, _, _, old_keys, _ in self.log or []:
+            old_keys.copy_(self.rotation.turn(old_keys, angles if len(angles) == 1 else angles[rows]))
+        self._sinks_are_at = None
+
+    def undo(self, num_tokens: list[int]) -> None:
+        """Put back what the passes in the log have overwritten, for all tokens from `num_tokens` of each row on."""
+        for rows, slots, tokens, old_keys, old_values in reversed(self.log or []):
+            first = torch.tensor(num_tokens, device=tokens.device)
+            undone = tokens >= (first if len(first) == 1 else first[rows])
+            self.keys[:, rows[undone], :, slots[undone]] = old_keys[undone]
+            self.values[:, rows[undone], :, slots[undone]] = old_values[undone]
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Keep these rows of the batch, in this order."""
+        index = index.to(self.keys.device)
+        self.keys, self.values, self.sinks = (x.index_select(1, index) for x in (self.keys, self.values, self.sinks))
+        self._sinks_to_turn = None
+
+
+def _take_slots(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The states `[batch, heads, slots, head_dim]` in the slots `[rows, num]`, in that order."""
+    if len(slots) == 1:
+        return states.index_select(2, slots[0])
+    return states.take_along_dim(slots[:, None, :, None], dim=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pass:
+    """A forward pass that was begun and has not reached the last layer."""
+
+    steps: dict[Window, Step]
+    num_columns: int
+    num_seen_after: list[int]
+    can_be_repeated: bool  # nothing that a second try would need is overwritten
+    input_ids: torch.Tensor | None = None
+    layers_done: set[int] = field(default_factory=set)
+
+
+class SinkLayer:
+    """One layer of a `SinkCache`: the slots it has in a group of layers."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, group: LayerGroup, index: int, is_sliding: bool):
+        self.group, self.index, self.is_sliding = group, index, is_sliding
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return None if self.group.keys is None else self.group.keys[self.index]
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return None if self.group.values is None else self.group.values[self.index]
+
+
+class SinkCache(Cache):
+    """A key/value cache that holds the first `num_sink_tokens` and the most recent tokens, `window_length` in all.
+
+    A layer whose native sliding window is not longer than `window_length` keeps that window as it is, without sinks: the model
+    was trained so. Every other layer gets sinks and window.
+
+    To move the sinks, the cache has to know how the model encodes positions. `generate` tells it; in a loop of one's own,
+
+        cache = SinkCache.from_model(model, window_length=256, num_sink_tokens=4)
+        logits = model(**cache.prepare(input_ids)).logits        # any number of new tokens, padded batches too
+        logits = model(input_ids, past_key_values=cache).logits  # one row; one token at a time once the window is full
+
+    does. With the second form, as with the model's own `generate(past_key_values=cache)`, the model counts positions by itself,
+    without an end; `prepare` keeps them small, and so exact in float32 for texts of any length.
+
+    Args:
+        window_length: tokens held, the sinks and the newest token included.
+        num_sink_tokens: how many of the first tokens are never evicted. 0 makes a plain sliding window.
+
+    Raises:
+        ValueError: the numbers make no window.
+    """
+
+    def __init__(self, window_length: int = DEFAULT_WINDOW_LENGTH, num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS):
+        _check_numbers(window_length, num_sink_tokens)
+        super().__init__(layers=[])
+        self.window_length = window_length
+        self.num_sink_tokens = num_sink_tokens
+        self._window = Window(window_length, num_sink_tokens)
+        self._traits: ModelTraits | None = None
+        self._groups: list[LayerGroup] = []
+        self.reset()
+
+    # What it holds
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(window_length={self.window_length}, num_sink_tokens={self.num_sink_tokens}, "
+            f"tokens_seen={self.num_tokens_seen}, tokens_held={self.num_tokens_held}, bytes_held={self.num_bytes_held})"
+        )
+
+    @property
+    def num_tokens_seen(self) -> int:
+        """Tokens that went through the cache, held or evicted: those of the row that has the most."""
+        return max(self._num_seen)
+
+    @property
+    def num_tokens_seen_by_row(self) -> list[int]:
+        """Tokens that went through the cache, row by row: padding is not counted."""
+        return self._num_seen if len(self._num_seen) > 1 else self._num_seen * max(self._batch_size, 1)
+
+    @property
+    def num_tokens_held(self) -> int:
+        """Tokens whose keys and values are held: those of the row that has the most. Never more than `window_length`."""
+        return min(self.num_tokens_seen, self.window_length)
+
+    @property
+    def num_bytes_held(self) -> int:
+        """Bytes of all tensors of the cache."""
+        tensors = [t for group in self._groups for t in (group.keys, group.values, group.sinks) if t is not None]
+        return sum(t.nbytes for t in tensors) + (0 if self._token_ids is None else self._token_ids.nbytes)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, as for every cache of transformers: what `generate` continues from."""
+        return self.num_tokens_seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Tokens held at most: by any layer, or by the given one."""
+        if layer_idx is None or not self.layers:
+            return self.window_length
+        return self.layers[layer_idx].group.window.length
+
+    def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
+        """`get_max_length` under its name before transformers 5."""
+        return self.get_max_length(layer_idx)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, or -1 before the first pass."""
+        return self._batch_size
+
+    # The model
+
+    @classmethod
+    def from_model(
+        cls,
+        model: torch.nn.Module,
+        window_length: int = DEFAULT_WINDOW_LENGTH,
+        num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
+    ) -> "SinkCache":
+        """A cache for this model.
+
+        Raises:
+            ValueError: the numbers make no window, or the rules can't be kept for this model.
+        """
+        cache = cls(window_length, num_sink_tokens)
+        cache.bind(model)
+        return cache
+
+    def bind(self, model: torch.nn.Module) -> None:
+        """Tell the cache which model it serves: once, before its first token.
+
+        Raises:
+            ValueError: the rules can't be kept for this model, or the cache serves another one.
+        """
+        if self._traits is None:
+            traits = model_traits(model, self.window_length)
+        elif self._model() is not model:
+            raise ValueError(
+                f"This cache was made for another model, and its keys mean nothing to this {type(model).__name__}. Make a new one "
+                "with SinkCache.from_model(model, ...)."
+            )
+        else:
+            layer = self._traits.layers[0]
+            if (layer.dtype, layer.device) != (model.dtype, model.device) and self._batch_size != -1:
+                raise ValueError(
+                    f"The model is now in {model.dtype} on {model.device}, and this cache holds keys in {layer.dtype} on "
+                    f"{layer.device}. Make a new one with SinkCache.from_model(model, ...)."
+                )
+            return
+        self._traits = traits
+        self._model = weakref.ref(model)
+        self._config = model.config.get_text_config(decoder=True)
+        self._accepted = frozenset(inspect.signature(model.forward).parameters)
+        members: dict[tuple, list[int]] = {}
+        for index, layer in enumerate(traits.layers):
+            keeps_native = layer.native_window is not None and layer.native_window <= self.window_length
+            window = Window(layer.native_window, 0) if keeps_native else self._window
+            rotation = tuple(layer.rotation.frequency.tolist()), tuple(layer.rotation.partner.tolist())
+            members.setdefault((window, keeps_native, layer.key_shape, layer.value_shape, layer.dtype, layer.device, rotation), []).append(index)
+        layers = {}
+        for (window, keeps_native, *_), indices in members.items():
+            group = LayerGroup(window, traits.layers[indices[0]], len(indices))
+            self._groups.append(group)
+            layers |= {i: SinkLayer(group, n, is_sliding=keeps_native) for n, i in enumerate(indices)}
+        self.layers = [layers[index] for index in sorted(layers)]
+
+    # One forward pass
+
+    def prepare(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> dict:
+        """The arguments with which the model takes the next tokens: `model(**cache.prepare(input_ids))`.
+
+        Args:
+            input_ids: the new tokens, `[batch, num_columns]`. Rows may go on by different numbers of tokens, padded on the left.
+            attention_mask: 1 for a token and 0 for padding, for the new columns or for all so far: only the last ones are read.
+            inputs_embeds: embeddings in place of ids, `[batch, num_columns, hidden]`.
+
+        Raises:
+            ValueError: what is passed does not fit to the cache or can't be processed exactly. The cache is as before.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None or tokens.ndim < 2 or tokens.shape[1] == 0:
+            raise ValueError("No tokens: pass input_ids [batch, num_columns] with at least one column.")
+        batch_size, num_columns = tokens.shape[:2]
+        num_new = [num_columns]
+        if attention_mask is not None:
+            num_new = count_tokens(attention_mask[:, -num_columns:])
+            if len(set(num_new)) == 1 and num_new[0] == num_columns:
+                num_new = [num_columns]
+        self._begin(batch_size, num_columns, num_new)
+        self._pass.input_ids = input_ids
+
+        inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        inputs |= {"past_key_values": self, "use_cache": True, "attention_mask": self._attention_mask(tokens.device)}
+        if "position_ids" in self._accepted:
+            inputs["position_ids"] = self._position_ids(tokens.device)
+        return inputs
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the attention layers call. `[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
+        if self._pass is None or layer_idx in self._pass.layers_done:
+            self._begin_unprepared(key_states.shape[0], key_states.shape[2])
+        current = self._pass
+        if key_states.shape[2] != current.num_columns or key_states.shape[0] != self._batch_size:
+            raise ValueError(
+                f"The pass was prepared for {self._batch_size} rows of {current.num_columns} tokens, and the model brings "
+                f"{key_states.shape[0]} rows of {key_states.shape[2]}. Call the model with exactly what `prepare` returns."
+            )
+        layer = self.layers[layer_idx]
+        held = layer.group.update(layer.index, key_states, value_states, current.steps[layer.group.window])
+        current.layers_done.add(layer_idx)
+        if len(current.layers_done) == len(self.layers):
+            self._finish(current)
+        return held
+
+    def _finish(self, finished: "Pass") -> None:
+        self._record(finished.input_ids, finished.steps[self._window])
+        self._num_seen = finished.num_seen_after
+        self._num_recorded += finished.num_columns
+        self._pass = None
+
+    def _begin_unprepared(self, batch_size: int, num_columns: int) -> None:
+        """A pass whose positions and masks the model makes by itself, from what `get_seq_length` and `get_mask_sizes` say."""
+        self._require_model()
+        if batch_size > 1:
+            raise ValueError(
+                f"Without `prepare`, this cache can't tell the padding of a batch (here {batch_size} rows) from its tokens, and "
+                "padding would become the sinks. Call model(**cache.prepare(input_ids, attention_mask)), or generate with "
+                "custom_generate."
+            )
+        self._check_unprepared(num_columns)
+        self._begin(batch_size, num_columns, [num_columns], is_prepared=False)
+
+    def _check_unprepared(self, num_columns: int) -> None:
+        self._require_model()
+        num_after = self.num_tokens_seen + num_columns
+        length = min(layer.group.window.length for layer in self.layers)
+        reason = None
+        if num_columns > 1 and num_after > length:
+            reason = f"{num_columns} tokens at once go past the window of {length}, and need a mask of their own"
+        elif self._traits.is_ordered:
+            reason = "the scores of this model depend on the order of the keys, which it takes from the mask"
+        elif any(self._base):
+            reason = "the keys so far stand at positions that `prepare` chose"
+        elif num_after > min(self._traits.num_positions or MAX_EXACT_POSITION, MAX_EXACT_POSITION):
+            reason = f"position {num_after - 1} is more than this model can tell apart"
+        if reason is not None:
+            raise ValueError(
+                f"This pass can't be exact as it is: {reason}. Call model(**cache.prepare(input_ids)), or generate with "
+                "custom_generate."
+            )
+
+    def _require_model(self) -> None:
+        if self._traits is None:
+            raise ValueError(
+                "This SinkCache does not know how the model moves keys. Make it with SinkCache.from_model(model, "
+                f"window_length={self.window_length}, num_sink_tokens={self.num_sink_tokens}), or generate with custom_generate."
+            )
+
+    def _begin(self, batch_size: int, num_columns: int, num_new: list[int], is_prepared: bool = True) -> None:
+        """Decide all that a pass does. Nothing is changed before everything has been checked."""
+        self._require_model()
+        if self._pass is not None and self._pass.layers_done and not self._pass.can_be_repeated:
+            raise ValueError(
+                f"The last pass was interrupted after {len(self._pass.layers_done)} of {len(self.layers)} layers, when some had "
+                "already let go of evicted tokens. Call reset(), or go on from a copy that was made before."
+            )
+        if self._batch_size not in (-1, batch_size):
+            raise ValueError(f"This cache holds {self._batch_size} rows, and {batch_size} are passed. Pass as many, or a new cache.")
+        num_seen, base = self._num_seen, self._base
+        if len(num_new) > 1 or len(num_seen) > 1:
+            num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
+        num_seen_after = [seen + new for seen, new in zip(num_seen, num_new)]
+
+        windows = {group.window for group in self._groups} | {self._window}
+        evicts = [w for w in windows if num_columns > 1 and max(num_seen_after) > w.length]
+        if evicts and self._traits.is_ordered:
+            raise ValueError(
+                f"{num_columns} tokens at once go past the window of {self.window_length}, and the scores of this model depend on "
+                "the order of the keys. Feed them one by one."
+            )
+        if evicts and self._is_recording and num_columns > min(w.num_recent for w in evicts):
+            raise ValueError(f"{num_columns} tokens at once are more than can be rolled back in this window. Feed fewer.")
+        back = self._positions_back(num_seen, num_seen_after, base) if is_prepared else [0] * len(base)
+        base = [start + amount for start, amount in zip(base, back)]
+        limit = self._traits.num_positions
+        if limit is not None and max(after - start for after, start in zip(num_seen_after, base)) > limit:
+            raise ValueError(f"{num_columns} tokens at once go past the {limit} positions of this model. Feed fewer at once.")
+
+        if self._batch_size == -1:
+            self._batch_size = batch_size
+            for group in self._groups:
+                group.allocate(batch_size)
+        if any(back):
+            for group in self._groups:
+                group.move_back(back)
+        if len(set(zip(num_seen, num_new, base))) == 1:  # all rows alike: one number serves them all
+            num_seen, num_new, base = num_seen[:1], num_new[:1], base[:1]
+        self._num_seen, self._base = num_seen, base
+        device = self._groups[0].keys.device
+        steps = {w: Step(w, num_seen, num_new, num_columns, base, device, self._traits.is_ordered) for w in windows}
+        for group in self._groups:
+            group.begin(steps[group.window])
+        num_seen_after = [seen + new for seen, new in zip(num_seen, num_new)]
+        self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated=not evicts)
+
+    def _positions_back(self, num_seen: list[int], num_seen_after: list[int], base: list[int]) -> list[int]:
+        """By how much the positions of each row are lowered before a pass: rarely, and then by `window_length` or more.
+
+        Positions stay below twice the window (plus a pass), where float32 angles are exact and the frequencies of all RoPE types
+        are those of short texts; and a key is turned back, and so rounded, at most once in `window_length` tokens.
+        """
+        limit = self._traits.num_positions
+        back = []
+        for seen, after, start in zip(num_seen, num_seen_after, base):
+            is_due = seen - start >= 2 * self.window_length or (limit is not None and after - start > limit)
+            back.append(max(0, seen - start - self.window_length) if is_due else 0)
+        return back
+
+    @property
+    def num_columns_at_once(self) -> int:
+        """The longest next pass that does not cross an edge: of the window while it is filling, then of the small positions."""
+        columns = []
+        for seen, start in zip(self._num_seen, self._base):
+            if seen < self.window_length:
+                columns.append(self.window_length - seen)
+            elif self._traits.is_ordered:
+                columns.append(1)
+            else:
+                columns.append(2 * self.window_length - (seen - start) or self.window_length)
+        return min(columns)
+
+    def _attention_mask(self, device: torch.device):
+        """The mask for a prepared pass, in the form in which the model takes it; None for a plain causal one."""
+        steps = self._pass.steps
+        if self._traits.is_ordered:
+            step = steps[self._window]
+            held = step.is_held.long()
+            return held.expand(self._batch_size, -1).to(device)
+        if all(steps[group.window].is_causal for group in self._groups):
+            return None
+        masks = {}
+        for layer_idx, layer in enumerate(self.layers):
+            layer_type = self._traits.layer_types[layer_idx] if self._traits.layer_types else None
+            if layer_type not in masks:
+                visible = steps[layer.group.window].visible()[:, None].to(device)
+                if self._config._attn_implementation != "sdpa":  # eager adds it to the scores
+                    dtype = layer.group.traits.dtype
+                    lowest = torch.finfo(dtype).min
+                    visible = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, lowest)
+                masks[layer_type] = visible.expand(self._batch_size, -1, -1, -1)
+        return masks if self._traits.layer_types else masks[None]
+
+    def _position_ids(self, device: torch.device) -> torch.Tensor:
+        """`[batch, num_columns]`: token numbers less the base of the row; padding stands at 0."""
+        num_columns = self._pass.num_columns
+        stop = [after - start for after, start in zip(self._pass.num_seen_after, self._base)]
+        if len(stop) == 1:
+            positions = torch.arange(stop[0] - num_columns, stop[0], device=device)[None]
+        else:
+            positions = torch.arange(-num_columns, 0, device=device) + torch.tensor(stop, device=device)[:, None]
+        return positions.clamp(min=0).expand(self._batch_size, -1)
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys that a pass will be handed, for the mask that a model makes by itself.
+
+        `query_length` is what it says, or the positions of the queries (before transformers 5).
+        """
+        num_columns = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        self._require_model()
+        window = self.layers[layer_idx].group.window
+        if self._pass is not None and not self._pass.layers_done:
+            return self._pass.steps[window].kv_length, 0
+        self._check_unprepared(num_columns)
+        return min(self.num_tokens_seen + num_columns, window.length), 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where the queries of a pass stand among the keys they are handed: at their end."""
+        self._require_model()
+        window = self.layers[layer_idx].group.window
+        if self._pass is not None and not self._pass.layers_done:
+            return self._pass.steps[window].kv_length - self._pass.num_columns
+        return min(self.num_tokens_seen, window.length - 1)
+
+    # Which tokens it holds
+
+    def _record(self, input_ids: torch.Tensor | None, step: Step) -> None:
+        """Remember the ids of the tokens held, so that a history passed again can be told from new tokens."""
+        if input_ids is None or (self._token_ids is None and any(self._num_seen)):
+            self._token_ids = None
+            return
+        if self._token_ids is None:
+            size = (self._batch_size, self.window_length)
+            self._token_ids = torch.full(size, -1, dtype=input_ids.dtype, device=input_ids.device)
+        if self._is_recording:
+            rows, slots, tokens = (x.to(input_ids.device) for x in step.written(self._batch_size))
+            self._token_log.append((rows, slots, tokens, self._token_ids[rows, slots]))
+        self._token_ids[step.rows, step.slots] = input_ids[step.rows, step.columns]
+
+    def known_token_ids(self, row: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The ids of the first and of the most recent tokens held of a row, each in order; None if they are not known."""
+        if self._token_ids is None:
+            return None
+        num_seen = self.num_tokens_seen_by_row[row]
+        num_recent = num_seen if num_seen <= self.window_length else self._window.num_recent
+        ids = self._token_ids[row].cpu()
+        return ids[: min(num_seen, self.num_sink_tokens)], ids[self._window.slot(torch.arange(num_seen - num_recent, num_seen))]
+
+    # The batch
+
+    def reset(self) -> None:
+        """As new: no tokens, any batch size."""
+        self._batch_size = -1
+        self._num_seen, self._base = [0], [0]  # one number for each row, or a single one where all rows are alike
+        self._pass: Pass | None = None
+        self._token_ids: torch.Tensor | None = None
+        self.unseen_token_ids: torch.Tensor | None = None  # what `generate` returned last: chosen, but not yet processed
+        self._is_recording = False
+        self._num_recorded = 0
+        self._token_log: list[tuple] = []
+        for group in self._groups:
+            group.keys = group.values = group.sinks = None
+
+    def _select_rows(self, index: torch.Tensor) -> None:
+        if self._batch_size == -1:
+            return
+        if len(self._num_seen) > 1:
+            rows = index.tolist()
+            self._num_seen, self._base = [self._num_seen[row] for row in rows], [self._base[row] for row in rows]
+        for group in self._groups:
+            group.select_rows(index)
+        if self._token_ids is not None:
+            self._token_ids = self._token_ids.index_select(0, index.to(self._token_ids.device))
+        self._batch_size = len(index)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`."""
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` (numbers, or a mask), in this order."""
+        self._select_rows(torch.arange(max(self._batch_size, 0), device=indices.device)[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows that stand together."""
+        self._select_rows(torch.arange(max(self._batch_size, 0)).repeat_interleave(repeats))
+
+    # Roll-back
+
+    def activate_past_recording(self) -> None:
+        """Keep what passes evict from now on, until `crop` says which of their tokens stand."""
+        if not self._is_recording:
+            self._is_recording, self._num_recorded = True, 0
+            for group in self._groups:
+                group.log = []
+
+    def crop(self, num_tokens: int) -> None:
+        """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if negative, else all but the first so
+        many (as before transformers 5). What was recorded until then is let go.
+
+        Raises:
+            ValueError: the tokens that those ones evicted were not recorded, or there are not so many. The cache is as before.
+        """
+        removed = -num_tokens if num_tokens <= 0 else max(0, self.num_tokens_seen - num_tokens)
+        num_left = [seen - removed for seen in self._num_seen]
+        if removed and min(num_left) < 0:
+            raise ValueError(f"Can't take back {removed} tokens: a row of the cache has seen only {min(self._num_seen)}.")
+        for group in self._groups if removed else ():
+            if max(self._num_seen) > group.window.length and self._num_recorded < removed:
+                raise ValueError(
+                    f"Can't take back {removed} tokens: what the last {self._num_recorded} evicted was recorded, no more. Call "
+                    "activate_past_recording() before the passes that may be taken back."
+                )
+        if removed:
+            for group in self._groups:
+                group.undo(num_left)
+            for rows, slots, tokens, old in reversed(self._token_log):
+                undone = tokens >= torch.tensor(num_left * (self._batch_size // len(num_left)), device=tokens.device)[rows]
+                self._token_ids[rows[undone], slots[undone]] = old[undone]
+            self._num_seen = num_left
+        self._num_recorded, self._token_log = 0, []
+        for group in self._groups:
+            group.log = [] if self._is_recording else None
+
+
+def _check_numbers(window_length, num_sink_tokens) -> None:
+    for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name} must be an int, got {value!r} ({type(value).__name__}).")
+    if window_length < 1:
+        raise ValueError(f"window_length must be at least 1, got {window_length}: no token could attend even to itself.")
+    if not 0 <= num_sink_tokens < window_length:
+        raise ValueError(
+            f"num_sink_tokens must be at least 0 and less than window_length={window_length}, got {num_sink_tokens}: the window "
+            "holds the sinks and at least the token being processed."
+        )
+
+
+def count_tokens(attention_mask: torch.Tensor) -> list[int]:
+    """The tokens of each row of a left-padded mask `[batch, length]`.
+
+    Raises:
+        ValueError: it is no such mask.
+    """
+    if attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask must be [batch, length], got shape {tuple(attention_mask.shape)}.")
+    is_token = attention_mask.bool()
+    if bool((is_token[:, :-1] & ~is_token[:, 1:]).any()):
+        row = int((is_token[:, :-1] & ~is_token[:, 1:]).any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"attention_mask of row {row} has padding on the right or a hole: tokens after it would be numbered wrongly. Pad on the "
+            'left, tokenizer(..., padding=True, padding_side="left").'
+        )
+    return is_token.sum(dim=1).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Arguments of transformers' loader of custom code, which it hands on.
+LOADER_ARGUMENTS = frozenset(
+    "custom_generate trust_remote_code global_keys_to_exclude revision code_revision token use_auth_token cache_dir "
+    "force_download resume_download local_files_only proxies subfolder repo_type".split()
+)
+
+# Options of `generate` that can't be used with this cache yet: name -> reason.
+UNSUPPORTED_OPTIONS = {
+    "assistant_model": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
+    "prompt_lookup_num_tokens": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
+    "assistant_early_exit": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
+    "use_mtp": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
+    "cache_implementation": "it would put another cache in the place of SinkCache",
+    "cache_config": "it would configure another cache",
+    "compile_config": "the slots of the cache are chosen outside of compiled code",
+    "return_legacy_cache": "tuples of keys and values can't say which of them are sinks",
+    "guidance_scale": "guidance runs a second stream through an unbounded cache of its own",
+    "negative_prompt_ids": "guidance runs a second stream through an unbounded cache of its own",
+    "penalty_alpha": "contrastive search feeds candidate tokens that it takes back",
+    "dola_layers": "it lives in a custom_generate repository of its own",
+    "num_beam_groups": "it lives in a custom_generate repository of its own",
+    "constraints": "it lives in a custom_generate repository of its own",
+    "force_words_ids": "it lives in a custom_generate repository of its own",
+    "token_healing": "it changes the last token of the prompt",
+    "position_ids": "tokens are numbered by the cache",
+}
+# What `SinkCache.prepare` brings.
+PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
+# Values of those options that mean what is done anyway.
+_NEUTRAL_VALUES = {"guidance_scale": (1, 1.0), "num_beam_groups": (1,)}
+
+
+@torch.no_grad()
+def generate(
+    inputs: torch.Tensor | None = None,
+    generation_config=None,
+    logits_processor=None,
+    stopping_criteria=None,
+    prefix_allowed_tokens_fn=None,
+    synced_gpus=None,
+    assistant_model=None,
+    streamer=None,
+    *,
+    model: torch.nn.Module,
+    window_length: int | None = None,
+    num_sink_tokens: int | None = None,
+    prefill_chunk_size: int | None = None,
+    **kwargs,
+):
+    """The model's own `generate`, with a `SinkCache`. All other arguments and what it returns are as there.
+
+    Args:
+        model: given by transformers.
+        window_length: tokens the cache holds, the sinks and the newest token included (default 256).
+        num_sink_tokens: how many of the first tokens are never evicted (default 4). Both numbers may also stand in a generation
+            config, or come with the cache.
+        prefill_chunk_size: tokens of a prompt that go through the model in one pass.
+        past_key_values: a `SinkCache` to continue, with either the whole history in `input_ids`, or its last `window_length` tokens,
+            or only what the cache has not seen: that is `sequences[:, cache.get_seq_length():]` and what comes after it.
+
+    Raises:
+        ValueError: something passed can't be processed exactly. The message names it; the model has not been run, and the cache
+            is as before.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    kwargs = {name: value for name, value in kwargs.items() if name not in LOADER_ARGUMENTS}
+    kwargs |= {"generation_config": generation_config, "assistant_model": assistant_model}
+    option = functools.partial(_option, model, kwargs)
+    _check_options(model, kwargs)
+
+    cache = kwargs.pop("past_key_values", None)
+    if cache is None or (not _is_sink_cache(cache) and cache.get_seq_length() == 0):
+        asked = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
+        asked = {name: option(name) if value is None else value for name, value in asked.items()}
+        cache = SinkCache(**{name: value for name, value in asked.items() if value is not None})
+    else:
+        _check_cache(cache, window_length, num_sink_tokens)
+    chunk_size = prefill_chunk_size if prefill_chunk_size is not None else option("prefill_chunk_size")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"prefill_chunk_size must be an int of at least 1, got {chunk_size!r}.")
+
+    input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+    inputs_embeds = kwargs.get("inputs_embeds")
+    if input_ids is None and inputs_embeds is None and option("bos_token_id") is not None:
+        input_ids = torch.full((1, 1), option("bos_token_id"), dtype=torch.long, device=model.device)
+    attention_mask = kwargs.pop("attention_mask", None)
+    if attention_mask is None and inputs_embeds is None:
+        attention_mask = _mask_from_padding(input_ids, option("pad_token_id"), option("eos_token_id"))
+    prompt = Prompt(input_ids, attention_mask) if inputs_embeds is None else Prompt(inputs_embeds, attention_mask, "inputs_embeds")
+    num_columns = prompt.num_columns
+    num_copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
+    prompt = _unseen(prompt, cache, num_copies)
+    cache.bind(model)
+
+    if input_ids is not None:
+        kwargs["inputs" if inputs_embeds is None else "input_ids"] = input_ids
+    if generation_config is not None:
+        kwargs["generation_config"] = _without_cache_options(generation_config)
+    outputs = type(model).generate(
+        _view(model, cache, prompt, chunk_size),
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        synced_gpus=synced_gpus,
+        streamer=streamer,
+        past_key_values=cache,
+        # Padding is the cache's business, and a mask of ones need not be extended at each step.
+        attention_mask=torch.ones(len(prompt.tokens), num_columns, dtype=torch.long, device=model.device),
+        **kwargs,
+    )
+    sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+    cache.unseen_token_ids = sequences[:, -1].tolist() if len(sequences) == cache.batch_size else None
+    return outputs
+
+
+def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size: int | None) -> torch.nn.Module:
+    """A shallow copy of the model that shares all of it, but prepares the inputs of a forward pass for the cache.
+
+    The model stays as it is, whatever happens; and several threads can have views of one model.
+    """
+    view = copy.copy(model)
+    view.generation_config = _without_cache_options(model.generation_config)
+    prepare_inputs = model.prepare_inputs_for_generation
+    num_other = None  # columns of `input_ids` less tokens seen: a constant, once the prompt has been fed
+
+    @functools.wraps(prepare_inputs)
+    def prepare_inputs_for_generation(input_ids, *args, **kwargs):
+        nonlocal num_other
+        others = prepare_inputs(input_ids, *args, **kwargs | {"next_sequence_length": 1})
+        others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
+        if num_other is not None:
+            return others | cache.prepare(input_ids[:, num_other + cache.get_seq_length() :])
+        chunk = _feed_all_but_last_chunk(model, cache, prompt, chunk_size, others)
+        num_copies = (len(input_ids) or 1) // len(chunk.tokens)
+        if num_copies > 1:
+            chunk = chunk.repeat(num_copies)
+            cache.batch_repeat_interleave(num_copies)
+        prepared = cache.prepare(**chunk.arguments)
+        num_other = input_ids.shape[1] - cache.get_seq_length() - chunk.num_columns
+        return others | prepared
+
+    view.prepare_inputs_for_generation = prepare_inputs_for_generation
+    return view
+
+
+def _feed_all_but_last_chunk(
+    model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size: int | None, others: dict
+) -> "Prompt":
+    """Run a prompt through the model but for its last chunk, which is returned for `generate` to go on with."""
+    others = {name: value for name, value in others.items() if not name.startswith("output_")}
+    filling, full = (chunk_size, chunk_size) if chunk_size is not None else DEFAULT_PREFILL_CHUNK_SIZE
+    while True:
+        size = filling if cache.num_tokens_seen < cache.window_length else full
+        size = min(size, cache.num_columns_at_once)
+        if prompt.num_columns <= size:
+            return prompt
+        chunk, prompt = prompt.split(size)
+        model(**others | cache.prepare(**chunk.arguments))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens `[batch, num_columns]` or embeddings `[batch, num_columns, hidden]`, with the mask of their left padding."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    name: str = "input_ids"
+
+    @property
+    def num_columns(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def arguments(self) -> dict:
+        return {self.name: self.tokens, "attention_mask": self.mask}
+
+    def split(self, num_columns: int) -> tuple["Prompt", "Prompt"]:
+        mask = self.mask
+        masks = (None, None) if mask is None else (mask[:, :num_columns], mask[:, num_columns:])
+        return (
+            Prompt(self.tokens[:, :num_columns], masks[0], self.name),
+            Prompt(self.tokens[:, num_columns:], masks[1], self.name),
+        )
+
+    def repeat(self, num_copies: int) -> "Prompt":
+        mask = self.mask if self.mask is None else self.mask.repeat_interleave(num_copies, 0)
+        return Prompt(self.tokens.repeat_interleave(num_copies, 0), mask, self.name)
+
+
+def _unseen(prompt: Prompt, cache: SinkCache, num_copies: int) -> Prompt:
+    """The part of a prompt that the cache has not seen yet."""
+    tokens, mask, is_embeds = prompt.tokens, prompt.mask, prompt.name == "inputs_embeds"
+    if tokens is None or tokens.ndim != (3 if is_embeds else 2) or 0 in tokens.shape:
+        shape = None if tokens is None else tuple(tokens.shape)
+        raise ValueError(f"An empty prompt, or none of the form [batch, num_tokens]: got shape {shape}. Pass at least one token.")
+    if cache.batch_size == len(tokens) * num_copies and num_copies > 1:
+        prompt = prompt.repeat(num_copies)  # a cache that beams or several return sequences have left
+        tokens, mask = prompt.tokens, prompt.mask
+    num_rows, num_columns = tokens.shape[:2]
+    if cache.batch_size not in (-1, num_rows):
+        raise ValueError(
+            f"The cache in past_key_values holds {cache.batch_size} rows, and the prompt has {num_rows}. Pass as many rows, a new "
+            "cache, or one brought to that size with batch_select_indices or batch_repeat_interleave."
+        )
+    num_seen = cache.get_seq_length()
+    only_new = num_seen > 0 and mask is not None and mask.ndim == 2 and mask.shape[1] == num_seen + num_columns
+    if only_new:  # the way of transformers: the new tokens, and a mask for all
+        mask = mask[:, -num_columns:]
+    if mask is None:
+        num_tokens = [num_columns] * num_rows
+    elif mask.shape != (num_rows, num_columns):
+        all_columns = f" or, with only the new tokens of a text in input_ids, {(num_rows, num_seen + num_columns)}" if num_seen else ""
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, and must have {(num_rows, num_columns)}{all_columns}.")
+    else:
+        num_tokens = count_tokens(mask)
+    if 0 in num_tokens:
+        raise ValueError(f"Row {num_tokens.index(0)} of the prompt is all padding: there is nothing to continue.")
+    if num_seen > 0 and not only_new:
+        num_tokens = [
+            num - _num_already_seen(cache, row, num, None if is_embeds else tokens[row, num_columns - num :].cpu())
+            for row, num in enumerate(num_tokens)
+        ]
+    num_columns = max(num_tokens)
+    column = torch.arange(num_columns, device=tokens.device)
+    mask = column >= num_columns - torch.tensor(num_tokens, device=tokens.device)[:, None]
+    return Prompt(tokens[:, -num_columns:], None if bool(mask.all()) else mask.long(), prompt.name)
+
+
+def _num_already_seen(cache: SinkCache, row: int, num_tokens: int, ids: torch.Tensor | None) -> int:
+    """How many of the tokens passed for a row the cache has seen: the whole history, the end of it, or none.
+
+    Raises:
+        ValueError: it can't be told, or the history is not the one that the cache has seen.
+    """
+    num_seen = cache.num_tokens_seen_by_row[row]
+    known = None if ids is None else cache.known_token_ids(row)
+    if known is None:
+        if num_tokens > num_seen:
+            return num_seen
+    else:
+        first, recent = known
+        if num_tokens > num_seen and ids[: len(first)].equal(first) and ids[num_seen - len(recent) : num_seen].equal(recent):
+            return num_seen
+        if num_tokens == cache.window_length:
+            for num in range(min(num_tokens - 1, num_seen), 0, -1):
+                length = min(num, len(recent))
+                if ids[num - length : num].equal(recent[len(recent) - length :]):
+                    return num
+        unseen = cache.unseen_token_ids
+        starts_anew = len(first) > 0 and ids[: len(first)].equal(first[:num_tokens])
+        if num_tokens <= num_seen and not starts_anew and (unseen is None or int(ids[0]) == unseen[row]):
+            return 0
+    raise ValueError(
+        f"Can't tell which of the {num_tokens} tokens of row {row} are new: the cache in past_key_values has seen {num_seen}, and they "
+        "are neither those and more, nor the end of them and more, nor what comes after them. Pass (1) the whole text, unchanged, "
+        "(2) its last window_length tokens, or (3) what the cache has not seen, sequences[:, cache.get_seq_length():] and on, with an "
+        "attention_mask for the whole text. For another text, pass a new cache."
+    )
+
+
+def _mask_from_padding(input_ids: torch.Tensor | None, pad_token_id, eos_token_id) -> torch.Tensor | None:
+    """The mask that transformers' `generate` would infer: from a padding token that does not also end texts."""
+    eos = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+    if input_ids is None or not isinstance(pad_token_id, int) or pad_token_id in eos or not bool((input_ids == pad_token_id).any()):
+        return None
+    return (input_ids != pad_token_id).long()
+
+
+def _option(model: torch.nn.Module, kwargs: dict, name: str):
+    """The value of an option of `generate`: from the call, from the generation config of the call, or from the model's."""
+    for source in (kwargs.get(name), getattr(kwargs["generation_config"], name, None), getattr(model.generation_config, name, None)):
+        if source is not None:
+            return source
+    return None
+
+
+def _check_options(model: torch.nn.Module, kwargs: dict) -> None:
+    """Refuse what can't be exact. Only what the call itself asks for: a model's own generation config may name another cache."""
+    config = kwargs["generation_config"]
+    for name, reason in UNSUPPORTED_OPTIONS.items():
+        value = kwargs.get(name) if kwargs.get(name) is not None else getattr(config, name, None)
+        if value is not None and value is not False and value not in _NEUTRAL_VALUES.get(name, ()):
+            shown = type(value).__name__ if hasattr(value, "__dict__") or isinstance(value, torch.Tensor) else repr(value)
+            raise ValueError(f"{name}={shown} can't be used with SinkCache: {reason}. Leave it out.")
+    use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
+    if use_cache is False:
+        raise ValueError("use_cache=False can't be used with SinkCache: without a cache there is nothing to bound. Leave it out.")
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and name not in ("input_ids", "inputs_embeds", "attention_mask"):
+            raise ValueError(
+                f"{name} can't be used with SinkCache: it can't be split over the passes in which a prompt is fed. Leave it out."
+            )
+
+
+def _check_cache(cache, window_length: int | None, num_sink_tokens: int | None) -> None:
+    if not _is_sink_cache(cache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__} that already holds tokens, and nobody knows their positions. Pass a "
+            "SinkCache, or none."
+        )
+    for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
+        if value is not None and value != getattr(cache, name):
+            raise ValueError(
+                f"{name}={value} was asked for, and the cache in past_key_values was made with {getattr(cache, name)}. Leave the "
+                "argument out, or pass a new cache."
+            )
+
+
+def _is_sink_cache(cache) -> bool:
+    """Also for the class that another load of this file has made: such a module is loaded under a name for each version."""
+    return type(cache).__name__ == "SinkCache" and hasattr(cache, "prepare")
+
+
+def _without_cache_options(generation_config):
+    """A copy that leaves the choice of the cache and the feeding of the prompt to us."""
+    generation_config = copy.deepcopy(generation_config)
+    generation_config.cache_implementation = None
+    generation_config.prefill_chunk_size = None
+    return generation_config
