@@ -1,0 +1,146 @@
+"""Small models, one for each family and kind of position embedding: config, seed, nothing downloaded."""
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+VOCAB_SIZE = 97
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,  # not the number of heads: mixing the two up must show
+    "max_position_embeddings": 512,
+    # Flat attention hides a wrong position: weights must be large.
+    "initializer_range": 0.25,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+HALF_SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+
+def rope(rope_type: str, **parameters) -> dict:
+    return {"rope_parameters": {"rope_theta": 10000.0, "rope_type": rope_type, **parameters}}
+
+
+# name: (config class, arguments)
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "llama-linear": ("LlamaConfig", rope("linear", factor=4.0)),
+    "llama-dynamic": ("LlamaConfig", rope("dynamic", factor=4.0)),
+    "llama-yarn": (
+        "LlamaConfig",
+        rope("yarn", factor=4.0, original_max_position_embeddings=128),
+    ),
+    "llama-llama3": (
+        "LlamaConfig",
+        rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128),
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral-short-window": ("MistralConfig", {"sliding_window": 6}),
+    "mistral-long-window": ("MistralConfig", {"sliding_window": 40}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-half-sliding": (
+        "Qwen2Config",
+        {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 6, "layer_types": HALF_SLIDING},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", {"num_hidden_layers": 4, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}),
+    "gemma2-long-window": (
+        "Gemma2Config",
+        {"num_hidden_layers": 4, "head_dim": 8, "sliding_window": 40, "query_pre_attn_scalar": 8},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 8,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 8,
+            "layer_types": HALF_SLIDING,
+            "rope_parameters": {
+                "sliding_attention": {"rope_theta": 100.0, "rope_type": "default"},
+                "full_attention": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0},
+            },
+        },
+    ),
+    "phi": ("PhiConfig", {"partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3Config", {"sliding_window": None}),
+    "phi3-longrope": (
+        "Phi3Config",
+        {
+            "sliding_window": None,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_theta": 10000.0,
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.3, 1.7],
+                "long_factor": [1.0, 2.0, 4.0, 8.0],
+                "original_max_position_embeddings": 256,
+            },
+        },
+    ),
+    "gpt-neox": ("GPTNeoXConfig", {"rotary_pct": 0.5, "use_parallel_residual": False}),
+    "gpt-j": ("GPTJConfig", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512, "rotary_dim": 4}),
+    "cohere": ("CohereConfig", {"logit_scale": 1.0}),
+    "glm4": ("Glm4Config", {"head_dim": 8, "partial_rotary_factor": 0.5}),
+    "stablelm": ("StableLmConfig", {"partial_rotary_factor": 0.5}),
+    "olmo2": ("Olmo2Config", {}),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 8,
+            "sliding_window": 6,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": HALF_SLIDING,
+        },
+    ),
+    "falcon": ("FalconConfig", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": False}),
+    "falcon-alibi": ("FalconConfig", {"alibi": True, "new_decoder_architecture": False, "multi_query": False}),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 6,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    "bloom": ("BloomConfig", {"n_layer": 3, "n_head": 4}),
+    "mpt": ("MptConfig", {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2}),
+    "nanochat": ("NanoChatConfig", {"head_dim": 8}),
+}
+EAGER_ONLY = {"gpt-j", "gpt-oss", "bloom", "mpt"}
+# Scores depend on the order of keys: a pass of several tokens can't go past the window.
+ORDERED = {"falcon-alibi", "bloom", "mpt"}
+
+
+def build_config(name: str, **overrides):
+    class_name, arguments = FAMILIES[name]
+    common = {key: value for key, value in COMMON.items() if not ({"n_embd", "d_model"} & arguments.keys()) or "num_" not in key}
+    return getattr(transformers, class_name)(**{**common, **arguments, **overrides})
+
+
+def build_model(name: str, attn_implementation: str = "eager", dtype=torch.float32, seed: int = 0, **overrides):
+    """A model with random weights, in eval mode."""
+    torch.manual_seed(seed)
+    config = build_config(name, **overrides)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and "norm" not in parameter_name:  # biases, attention sinks: zero at the start
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.generation_config.eos_token_id = None
+    return model.to(dtype).eval()
