@@ -14,7 +14,7 @@ The file is three ideas, each a small thing that can be read by itself, and what
     1. `Window`          where a token is stored: the slots of a ring behind the sinks
     2. `Rotation`        how this model moves a key by some positions: found by asking the model, then checked
     3. `Step`            what each query of one forward pass may see, and where the pass writes
-       `LayerGroup`      the keys and values themselves
+       `States`          the keys and values themselves
        `SinkCache`       the transformers cache
        `generate`        what `custom_generate` calls
 
@@ -118,6 +118,11 @@ class Rotation:
     def is_identity(self) -> bool:
         return not self.frequency.any()
 
+    @property
+    def fingerprint(self) -> tuple:
+        """Equal for equal rotations."""
+        return tuple(self.frequency.tolist()), tuple(self.partner.tolist())
+
     def to(self, device: torch.device) -> "Rotation":
         return Rotation(self.frequency.to(device), self.partner.to(device))
 
@@ -164,15 +169,19 @@ def candidate_rotations(head_dim: int, tables: list[torch.Tensor]):
 
 @dataclass(frozen=True)
 class LayerTraits:
-    """What the cache has to know of one attention layer.
+    """What the cache has to know of one attention layer. Pairs are for what the layer caches: keys and values.
 
-    `native_window` is the layer's own sliding window (None: full attention); the shapes are `(num_heads, head_dim)`.
+    (Most models rotate keys. Those with latent attention cache a latent as their keys, and the rotated part as their values.)
+
+    Attributes:
+        native_window: the layer's own sliding window, None for full attention.
+        rotations: how each is moved.
+        shapes: `(num_heads, head_dim)` of each.
     """
 
     native_window: int | None
-    rotation: Rotation = field(compare=False)
-    key_shape: tuple[int, int]
-    value_shape: tuple[int, int]
+    rotations: tuple[Rotation, Rotation]
+    shapes: tuple[tuple[int, int], tuple[int, int]]
     dtype: torch.dtype
     device: torch.device
 
@@ -181,12 +190,14 @@ class LayerTraits:
 class ModelTraits:
     """What the cache has to know of a model.
 
-    `num_positions`: positions from here on are not computed as those below (None: no such limit). `is_ordered`: scores depend on
+    `turns_at`: the position at which held keys are turned back. `num_positions`: positions from here on are not computed as those
+    below (None: no such limit). `is_ordered`: scores depend on
     the order in which keys are handed out and on nothing else (ALiBi, no positions at all). `layer_types`: one name a layer
     where the model takes one mask for each type of layer, else None.
     """
 
     layers: tuple[LayerTraits, ...]
+    turns_at: int
     num_positions: int | None
     is_ordered: bool
     layer_types: tuple[str, ...] | None
@@ -195,6 +206,10 @@ class ModelTraits:
 # A rotation computed in this precision may be off by so much, relative to the length of a pair. float32: rounding of the
 # angle at the largest position. The others: the model rounds cosine, sine, both products and their sum.
 ROTATION_TOLERANCE = {torch.float64: 2e-3, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+# Held keys are turned back when positions reach twice the window; but in 16 bits, where that costs a rounding, not before here:
+# the float32 angles of such positions are still many times finer than the cosines of the model.
+MIN_TURN_IN_16_BITS = 2**14
 
 # float32 holds every whole number up to here. What a model computes from larger positions is not what they say.
 MAX_EXACT_POSITION = 2**24
@@ -234,7 +249,9 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
 
     # Ask: pairs of one and the same token, both at one position. A token that sees only itself and its copy goes through all
     # layers alike wherever it stands, so between two positions its keys differ by what the model does to positions.
-    positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 1}))
+    turns_at = max(2 * window_length, MIN_TURN_IN_16_BITS if model.dtype.itemsize == 2 else 0)
+    turns_at = min(turns_at, num_positions or turns_at)
+    positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 1, turns_at - 1}))
     vocab_size = model.get_input_embeddings().weight.shape[0]
     tokens = torch.linspace(0, vocab_size - 1, 6).long()[1:-1]
     cache = DynamicCache()
@@ -252,38 +269,33 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     tables = _inverse_frequencies(model, config)
     layers = []
     for layer, native_window in zip(cache.layers, native_windows):
-        keys = layer.keys.cpu()  # [tokens * positions, heads, 2, head_dim]
-        num_heads, head_dim = keys.shape[1], keys.shape[3]
-        tolerance = ROTATION_TOLERANCE[keys.dtype]
-        rotation = None
-        # The copy must be as the original, or the model counts positions by itself. Deeper layers would only add noise.
-        if layers or Rotation.identity(head_dim).explains(keys.transpose(1, 2), torch.zeros(2), tolerance):
-            asked = keys[:, :, 0].unflatten(0, (len(tokens), len(positions)))
-            candidates = candidate_rotations(head_dim, tables)
-            rotation = next((r for r in candidates if r.explains(asked, positions, tolerance)), None)
-        if rotation is None:
-            raise ValueError(
-                f"SinkCache can't keep its rules for {name}: no known rotation explains how the keys of layer {len(layers)} "
-                "change with their position. It has absolute or learned position embeddings, or a rotation of its own."
-                + (" The model is in training mode: if it has dropout, call `model.eval()` first." if model.training else "")
-            )
-        layers.append(
-            LayerTraits(
-                native_window=native_window,
-                rotation=rotation.to(layer.keys.device),
-                key_shape=(num_heads, head_dim),
-                value_shape=(layer.values.shape[1], layer.values.shape[3]),
-                dtype=layer.keys.dtype,
-                device=layer.keys.device,
-            )
-        )
+        rotations = []
+        for states in (layer.keys, layer.values):  # [tokens * positions, heads, 2, head_dim]
+            states = states.cpu()
+            tolerance = ROTATION_TOLERANCE[states.dtype]
+            rotation = None
+            # The copy must be as the original, or the model counts positions by itself. Deeper layers would only add noise.
+            is_same = Rotation.identity(states.shape[3]).explains(states.transpose(1, 2), torch.zeros(2), tolerance)
+            if layers or is_same:
+                asked = states[:, :, 0].unflatten(0, (len(tokens), len(positions)))
+                candidates = candidate_rotations(states.shape[3], tables)
+                rotation = next((r for r in candidates if r.explains(asked, positions, tolerance)), None)
+            if rotation is None:
+                raise ValueError(
+                    f"SinkCache can't keep its rules for {name}: no known rotation explains how the keys of layer {len(layers)} "
+                    "change with their position. It has absolute or learned position embeddings, or a rotation of its own."
+                    + (" The model is in training mode: if it has dropout, call `model.eval()` first." if model.training else "")
+                )
+            rotations.append(rotation.to(layer.keys.device))
+        shapes = tuple((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values))
+        layers.append(LayerTraits(native_window, tuple(rotations), shapes, layer.keys.dtype, layer.keys.device))
 
-    is_ordered = all(layer.rotation.is_identity for layer in layers)
+    is_ordered = all(rotation.is_identity for layer in layers for rotation in layer.rotations)
     max_length = getattr(config, "max_seq_len", None)  # MPT: the length of its table of biases
     if is_ordered and max_length is not None and window_length > max_length:
         raise ValueError(f"window_length={window_length} is too long for {name}: its position biases end at {max_length}.")
     layer_types = getattr(config, "layer_types", None)
-    return ModelTraits(tuple(layers), num_positions, is_ordered, layer_types and tuple(layer_types))
+    return ModelTraits(tuple(layers), turns_at, num_positions, is_ordered, layer_types and tuple(layer_types))
 
 
 def _native_windows(name: str, config) -> list[int | None]:
@@ -379,6 +391,7 @@ class Step:
         self.recent_before = slice(window.num_sinks, max(min(max(num_seen), window.length), window.num_sinks))
         self.hands_out_slots = num_columns == 1 or max(num_after) <= window.length
         self.writes_sinks = min(num_seen) < window.num_sinks
+        self.can_be_undone = self.hands_out_slots or num_columns <= window.num_recent
         self.is_causal = self.hands_out_slots and (self.is_uniform or num_columns == 1 and min(num_after) >= self.num_held)
         # How far the sinks have to be moved: once for each row, or for each query of the row.
         self.shifts: list[int] | torch.Tensor = [window.shift(seen - start) for seen, start in zip(num_seen, base)]
@@ -479,92 +492,119 @@ class Step:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class LayerGroup:
-    """Keys and values of all layers that are alike: same window, rotation, shapes, dtype and device.
+# On a CPU, torch's float32 attention reads what is not in the processor's cache several times slower than a copy does. If the
+# layers don't all stay there, but a copy of one does, copying first is faster (heads of 128, 256 or 1024 tokens: 1.6 times).
+MIN_COLD_BYTES, MAX_COPIED_BYTES = 2**22, 2**23
 
-    A recent key stays as it was written. Only the sinks move: `sinks` keeps them as they came, and before a pass they are
-    turned to where its query needs them, for all layers in one go. One rotation, one rounding, `num_sinks` keys a step.
 
-    Shapes: keys and values `[layers, batch, heads, slots, head_dim]`, sinks `[layers, batch, heads, num_sinks, head_dim]`.
+class States:
+    """The keys, or the values, of all layers that are alike: `slots`, `[layers, batch, heads, num_slots, head_dim]`.
+
+    What is written stays as it is. Only sinks move, where the model rotates these states: `sinks` keeps them as they came, and before
+    a pass they are turned to where its query needs them, for all layers in one go. One rotation, one rounding, `num_sinks` a step.
     """
 
-    def __init__(self, window: Window, traits: LayerTraits, num_layers: int):
+    def __init__(self, window: Window, shape: tuple[int, ...], rotation: Rotation, dtype: torch.dtype, device: torch.device):
+        num_layers, batch_size, num_heads, head_dim = shape
         self.window = window
-        self.traits = traits
-        self.rotation = traits.rotation
-        self.num_layers = num_layers
-        self.keys = self.values = self.sinks = None
-        self._sinks_move = window.num_sinks > 0 and not traits.rotation.is_identity
-
-    def allocate(self, batch_size: int) -> None:
-        def zeros(shape: tuple[int, int], length: int) -> torch.Tensor:
-            num_heads, head_dim = shape
-            size = (self.num_layers, batch_size, num_heads, length, head_dim)
-            return torch.zeros(size, dtype=self.traits.dtype, device=self.traits.device)
-
-        self.keys, self.values = zeros(self.traits.key_shape, 0), zeros(self.traits.value_shape, 0)
-        self.sinks = zeros(self.traits.key_shape, self.window.num_sinks)
+        self.rotation = rotation
+        self.slots = torch.zeros(num_layers, batch_size, num_heads, 0, head_dim, dtype=dtype, device=device)
+        self.sinks = None
+        if window.num_sinks and not rotation.is_identity:
+            self.sinks = self.slots.new_zeros(num_layers, batch_size, num_heads, window.num_sinks, head_dim)
+        self._sink_positions = torch.arange(window.num_sinks, device=device)
         self._sinks_to_turn: tuple[torch.Tensor, torch.Tensor] | None = None
         self._sinks_are_at: list[int] | None = [0]  # by how much the sinks in the slots are moved; None: not known
-        self.log: list[tuple] | None = None  # what passes have overwritten, while that is recorded
+        self.step: Step | None = None  # the pass that was begun
+        self.log: list[tuple] = []  # what passes have overwritten, while that is recorded
+        layer_bytes = batch_size * num_heads * window.length * head_dim * dtype.itemsize
+        reads_cold = device.type == "cpu" and dtype == torch.float32 and layer_bytes * num_layers >= MIN_COLD_BYTES
+        self._hands_out_copies = reads_cold and layer_bytes <= MAX_COPIED_BYTES
 
-    def reserve(self, num_slots: int) -> None:
-        """Make room, at least doubling it each time, so that a short text does not pay for the whole window."""
-        capacity = self.keys.shape[3]
-        if num_slots > capacity:
-            capacity = min(self.window.length, max(num_slots, 2 * capacity, 32))
-            for name in ("keys", "values"):
-                old = getattr(self, name)
-                new = old.new_zeros(*old.shape[:3], capacity, old.shape[4])  # never garbage: 0 * NaN is NaN
-                new[:, :, :, : old.shape[3]] = old
-                setattr(self, name, new)
+    @property
+    def num_bytes(self) -> int:
+        return self.slots.nbytes + (0 if self.sinks is None else self.sinks.nbytes)
 
-    def begin(self, step: Step) -> None:
+    def begin(self, step: Step, is_recording: bool) -> None:
         """Before a pass: make room, and bring the sinks to where its queries need them."""
-        self.reserve(step.num_held)
-        if self.log is not None:
-            rows, slots, tokens = step.written(self.keys.shape[1])
-            self.log.append((rows, slots, tokens, self.keys[:, rows, :, slots], self.values[:, rows, :, slots]))
+        self.step = step
+        self._reserve(step.num_held)
+        if is_recording:
+            rows, slots, tokens = step.written(self.slots.shape[1])
+            self.log.append((rows, slots, tokens, self.slots[:, rows, :, slots]))
+        if self.sinks is None:
+            return
         if not step.hands_out_slots:
             shift = step.shifts[:, :, None]  # [rows, columns, 1]
             self._copies_turn = [x[:, None] for x in self._sink_turn(shift)]  # [rows, 1, columns, num_sinks, head_dim]
-        elif self._sinks_move and step.shifts != self._sinks_are_at:
-            shift = step.shifts[0] if step.is_uniform else torch.tensor(step.shifts, device=self.keys.device)[:, None, None]
-            self.keys[:, :, :, : self.window.num_sinks] = self._turned_sinks(slice(None), self._sink_turn(shift))
+        elif step.shifts != self._sinks_are_at:
+            shift = step.shifts[0] if step.is_uniform else torch.tensor(step.shifts, device=self.slots.device)[:, None, None]
+            self.slots[:, :, :, : self.window.num_sinks] = self._turned_sinks(slice(None), self._sink_turn(shift))
             self._sinks_are_at = step.shifts
 
-    def update(
-        self, index: int, keys: torch.Tensor, values: torch.Tensor, step: Step
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new tokens of one layer and hand out what its queries need: `[batch, heads, kv_length, head_dim]`."""
+    def update(self, index: int, new: torch.Tensor) -> torch.Tensor:
+        """Write the new states of one layer, `[batch, heads, num_columns, head_dim]`, and hand out `[batch, heads, kv_length, head_dim]`."""
+        step, held = self.step, self.slots[index]
         if step.writes_sinks:
             rows, slots, columns = step.only_sinks()
-            self.sinks[index][rows, :, slots] = keys[rows, :, columns]
-            self._sinks_to_turn = None
+            held[rows, :, slots] = new[rows, :, columns]
+            if self.sinks is not None:
+                self.sinks[index][rows, :, slots] = new[rows, :, columns]
+                self._sinks_to_turn = None
         if step.hands_out_slots:
-            self._write(index, keys, values, step.rows, step.slots, step.columns)
-            held_keys, held_values = self.keys[index], self.values[index]
+            held[step.rows, :, step.slots] = new[step.rows, :, step.columns]
             if step.order is not None:
-                return _take_slots(held_keys, step.order), _take_slots(held_values, step.order)
-            return held_keys[:, :, : step.num_held], held_values[:, :, : step.num_held]
-        if step.writes_sinks:
-            self._write(index, keys, values, rows, slots, columns)
-        recent = step.recent_before
-        sink_keys = self._turned_sinks(index, self._copies_turn, dim=2)  # [batch, heads, columns, num_sinks, head_dim]
-        sink_values = self.values[index, :, :, None, : self.window.num_sinks].expand(-1, -1, step.num_columns, -1, -1)
-        all_keys = torch.cat([sink_keys.flatten(2, 3), self.keys[index, :, :, recent], keys], dim=2)
-        all_values = torch.cat([sink_values.flatten(2, 3), self.values[index, :, :, recent], values], dim=2)
-        self._write(index, keys, values, step.rows, step.slots, step.columns)
-        return all_keys, all_values
+                return _take_slots(held, step.order)
+            held = held[:, :, : step.num_held]
+            return held.clone() if self._hands_out_copies else held
+        if self.sinks is not None:
+            sinks = self._turned_sinks(index, self._copies_turn, dim=2)  # [batch, heads, columns, num_sinks, head_dim]
+        else:
+            sinks = held[:, :, None, : self.window.num_sinks].expand(-1, -1, step.num_columns, -1, -1)
+        handed_out = torch.cat([sinks.flatten(2, 3), held[:, :, step.recent_before], new], dim=2)
+        held[step.rows, :, step.slots] = new[step.rows, :, step.columns]
+        return handed_out
 
-    def _write(self, index: int, keys: torch.Tensor, values: torch.Tensor, rows, slots, columns) -> None:
-        self.keys[index][rows, :, slots] = keys[rows, :, columns]
-        self.values[index][rows, :, slots] = values[rows, :, columns]
+    def move_back(self, num_positions: list[int]) -> None:
+        """Turn what is held of each row back by so many positions. The sinks follow when the next pass begins."""
+        if self.rotation.is_identity:
+            return
+        start = torch.tensor(num_positions, device=self.slots.device)[:, None, None]  # [rows, 1, 1]
+        angles = self.rotation.angles(start, torch.zeros_like(start))  # [rows, 1, 1, head_dim]
+        for layer in self.slots:
+            layer.copy_(self.rotation.turn(layer, angles))
+        for rows, _, _, old in self.log:
+            old.copy_(self.rotation.turn(old, angles if len(angles) == 1 else angles[rows]))
+        self._sinks_are_at = None
+
+    def undo(self, num_tokens: list[int]) -> None:
+        """Put back what the passes in the log have overwritten, for all tokens of each row from `num_tokens` on."""
+        first = torch.tensor(num_tokens, device=self.slots.device)
+        for rows, slots, tokens, old in reversed(self.log):
+            undone = tokens >= (first if len(first) == 1 else first[rows])
+            self.slots[:, rows[undone], :, slots[undone]] = old[undone]
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Keep these rows of the batch, in this order."""
+        index = index.to(self.slots.device)
+        self.slots = self.slots.index_select(1, index)
+        if self.sinks is not None:
+            self.sinks = self.sinks.index_select(1, index)
+        self._sinks_to_turn = self._sinks_are_at = None
+        self.log = []
+
+    def _reserve(self, num_slots: int) -> None:
+        """Make room, at least doubling it each time, so that a short text does not pay for the whole window."""
+        *shape, capacity, head_dim = self.slots.shape
+        if num_slots > capacity:
+            wider = min(self.window.length, max(num_slots, 2 * capacity, 32))
+            slots = self.slots.new_zeros(*shape, wider, head_dim)  # not left as it comes: 0 * NaN is NaN
+            slots[:, :, :, :capacity] = self.slots
+            self.slots = slots
 
     def _sink_turn(self, shift) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines that move each sink by `shift` positions: an int, or a tensor that broadcasts to `[..., num_sinks]`."""
-        position = torch.arange(self.window.num_sinks, device=self.keys.device)
-        angles = self.rotation.angles(position, position + shift)
+        angles = self.rotation.angles(self._sink_positions, self._sink_positions + shift)
         return angles.cos(), angles.sin()
 
     def _turned_sinks(self, index, turn, dim: int | None = None) -> torch.Tensor:
@@ -574,33 +614,22 @@ class LayerGroup:
             self._sinks_to_turn = wide, wide[..., self.rotation.partner]
         wide, partner = (x[index] if dim is None else x[index].unsqueeze(dim) for x in self._sinks_to_turn)
         cos, sin = turn
-        return (wide * cos + partner * sin).to(self.traits.dtype)
+        return (wide * cos + partner * sin).to(self.slots.dtype)
 
-    def move_back(self, num_positions: list[int]) -> None:
-        """Turn the held keys of each row back by so many positions. The sinks follow when the next pass begins."""
-        if self.rotation.is_identity:
-            return
-        start = torch.tensor(num_positions, device=self.keys.device)[:, None, None]  # [rows, 1, 1]
-        angles = self.rotation.angles(start, torch.zeros_like(start))  # [rows, 1, 1, head_dim]
-        for keys in self.keys:
-            keys.copy_(self.rotation.turn(keys, angles))
-        for rows, _, _, old_keys, _ in self.log or []:
-            old_keys.copy_(self.rotation.turn(old_keys, angles if len(angles) == 1 else angles[rows]))
-        self._sinks_are_at = None
 
-    def undo(self, num_tokens: list[int]) -> None:
-        """Put back what the passes in the log have overwritten, for all tokens from `num_tokens` of each row on."""
-        for rows, slots, tokens, old_keys, old_values in reversed(self.log or []):
-            first = torch.tensor(num_tokens, device=tokens.device)
-            undone = tokens >= (first if len(first) == 1 else first[rows])
-            self.keys[:, rows[undone], :, slots[undone]] = old_keys[undone]
-            self.values[:, rows[undone], :, slots[undone]] = old_values[undone]
+class LayerGroup:
+    """The states of all layers that are alike: same window, rotations, shapes, dtype and device."""
 
-    def select_rows(self, index: torch.Tensor) -> None:
-        """Keep these rows of the batch, in this order."""
-        index = index.to(self.keys.device)
-        self.keys, self.values, self.sinks = (x.index_select(1, index) for x in (self.keys, self.values, self.sinks))
-        self._sinks_to_turn = None
+    def __init__(self, window: Window, traits: LayerTraits, num_layers: int):
+        self.window, self.traits, self.num_layers = window, traits, num_layers
+        self.states: tuple[States, ...] = ()
+        self.record_past = False
+
+    def allocate(self, batch_size: int) -> None:
+        self.states = tuple(
+            States(self.window, (self.num_layers, batch_size, *shape), rotation, self.traits.dtype, self.traits.device)
+            for shape, rotation in zip(self.traits.shapes, self.traits.rotations)
+        )
 
 
 def _take_slots(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -637,12 +666,21 @@ class SinkLayer:
         self.group, self.index, self.is_sliding = group, index, is_sliding
 
     @property
+    def record_past(self) -> bool:
+        """Whether passes keep what they evict: `SinkCache.activate_past_recording`."""
+        return self.group.record_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.group.record_past = value
+
+    @property
     def keys(self) -> torch.Tensor | None:
-        return None if self.group.keys is None else self.group.keys[self.index]
+        return self.group.states[0].slots[self.index] if self.group.states else None
 
     @property
     def values(self) -> torch.Tensor | None:
-        return None if self.group.values is None else self.group.values[self.index]
+        return self.group.states[1].slots[self.index] if self.group.states else None
 
 
 class SinkCache(Cache):
@@ -704,8 +742,7 @@ class SinkCache(Cache):
     @property
     def num_bytes_held(self) -> int:
         """Bytes of all tensors of the cache."""
-        tensors = [t for group in self._groups for t in (group.keys, group.values, group.sinks) if t is not None]
-        return sum(t.nbytes for t in tensors) + (0 if self._token_ids is None else self._token_ids.nbytes)
+        return sum(states.num_bytes for states in self._states) + (0 if self._token_ids is None else self._token_ids.nbytes)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, as for every cache of transformers: what `generate` continues from."""
@@ -725,6 +762,10 @@ class SinkCache(Cache):
     def batch_size(self) -> int:
         """Rows, or -1 before the first pass."""
         return self._batch_size
+
+    @property
+    def _states(self) -> list[States]:
+        return [states for group in self._groups for states in group.states]
 
     # The model
 
@@ -773,8 +814,8 @@ class SinkCache(Cache):
         for index, layer in enumerate(traits.layers):
             keeps_native = layer.native_window is not None and layer.native_window <= self.window_length
             window = Window(layer.native_window, 0) if keeps_native else self._window
-            rotation = tuple(layer.rotation.frequency.tolist()), tuple(layer.rotation.partner.tolist())
-            members.setdefault((window, keeps_native, layer.key_shape, layer.value_shape, layer.dtype, layer.device, rotation), []).append(index)
+            alike = (window, keeps_native, layer.shapes, layer.dtype, layer.device, *(r.fingerprint for r in layer.rotations))
+            members.setdefault(alike, []).append(index)
         layers = {}
         for (window, keeps_native, *_), indices in members.items():
             group = LayerGroup(window, traits.layers[indices[0]], len(indices))
@@ -831,7 +872,8 @@ class SinkCache(Cache):
                 f"{key_states.shape[0]} rows of {key_states.shape[2]}. Call the model with exactly what `prepare` returns."
             )
         layer = self.layers[layer_idx]
-        held = layer.group.update(layer.index, key_states, value_states, current.steps[layer.group.window])
+        keys, values = layer.group.states
+        held = keys.update(layer.index, key_states), values.update(layer.index, value_states)
         current.layers_done.add(layer_idx)
         if len(current.layers_done) == len(self.layers):
             self._finish(current)
@@ -840,8 +882,11 @@ class SinkCache(Cache):
     def _finish(self, finished: "Pass") -> None:
         self._record(finished.input_ids, finished.steps[self._window])
         self._num_seen = finished.num_seen_after
-        self._num_recorded += finished.num_columns
         self._pass = None
+        if self._is_recording:
+            self._num_recorded += finished.num_columns
+            if any(not step.can_be_undone for step in finished.steps.values()):
+                self._forget_recorded()
 
     def _begin_unprepared(self, batch_size: int, num_columns: int) -> None:
         """A pass whose positions and masks the model makes by itself, from what `get_seq_length` and `get_mask_sizes` say."""
@@ -903,8 +948,6 @@ class SinkCache(Cache):
                 f"{num_columns} tokens at once go past the window of {self.window_length}, and the scores of this model depend on "
                 "the order of the keys. Feed them one by one."
             )
-        if evicts and self._is_recording and num_columns > min(w.num_recent for w in evicts):
-            raise ValueError(f"{num_columns} tokens at once are more than can be rolled back in this window. Feed fewer.")
         back = self._positions_back(num_seen, num_seen_after, base) if is_prepared else [0] * len(base)
         base = [start + amount for start, amount in zip(base, back)]
         limit = self._traits.num_positions
@@ -916,29 +959,30 @@ class SinkCache(Cache):
             for group in self._groups:
                 group.allocate(batch_size)
         if any(back):
-            for group in self._groups:
-                group.move_back(back)
+            for states in self._states:
+                states.move_back(back)
         if len(set(zip(num_seen, num_new, base))) == 1:  # all rows alike: one number serves them all
             num_seen, num_new, base = num_seen[:1], num_new[:1], base[:1]
         self._num_seen, self._base = num_seen, base
-        device = self._groups[0].keys.device
+        device = self._groups[0].traits.device
         steps = {w: Step(w, num_seen, num_new, num_columns, base, device, self._traits.is_ordered) for w in windows}
-        for group in self._groups:
-            group.begin(steps[group.window])
+        for states in self._states:
+            states.begin(steps[states.window], self._is_recording)
         num_seen_after = [seen + new for seen, new in zip(num_seen, num_new)]
         self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated=not evicts)
 
     def _positions_back(self, num_seen: list[int], num_seen_after: list[int], base: list[int]) -> list[int]:
-        """By how much the positions of each row are lowered before a pass: rarely, and then by `window_length` or more.
+        """By how much the positions of each row are lowered before a pass: rarely, and then to `window_length`.
 
-        Positions stay below twice the window (plus a pass), where float32 angles are exact and the frequencies of all RoPE types
-        are those of short texts; and a key is turned back, and so rounded, at most once in `window_length` tokens.
+        Positions stay small, so that float32 angles are exact and the frequencies of all RoPE types are those of short texts; and a
+        key is turned back, and so rounded, at most once in `window_length` tokens.
         """
         limit = self._traits.num_positions
         back = []
         for seen, after, start in zip(num_seen, num_seen_after, base):
-            is_due = seen - start >= 2 * self.window_length or (limit is not None and after - start > limit)
-            back.append(max(0, seen - start - self.window_length) if is_due else 0)
+            is_due = seen - start >= self._traits.turns_at or (limit is not None and after - start > limit)
+            lowest = min(seen, self.window_length)  # else sinks would stand before position 0; met only after a roll-back
+            back.append(seen - start - lowest if is_due or seen - start < lowest else 0)
         return back
 
     @property
@@ -951,7 +995,7 @@ class SinkCache(Cache):
             elif self._traits.is_ordered:
                 columns.append(1)
             else:
-                columns.append(2 * self.window_length - (seen - start) or self.window_length)
+                columns.append(self._traits.turns_at - (seen - start) or self.window_length)
         return min(columns)
 
     def _attention_mask(self, device: torch.device):
@@ -983,7 +1027,8 @@ class SinkCache(Cache):
             positions = torch.arange(stop[0] - num_columns, stop[0], device=device)[None]
         else:
             positions = torch.arange(-num_columns, 0, device=device) + torch.tensor(stop, device=device)[:, None]
-        return positions.clamp(min=0).expand(self._batch_size, -1)
+            positions = positions.clamp(min=0)
+        return positions.expand(self._batch_size, -1)
 
     def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the keys that a pass will be handed, for the mask that a model makes by itself.
@@ -1039,11 +1084,10 @@ class SinkCache(Cache):
         self._pass: Pass | None = None
         self._token_ids: torch.Tensor | None = None
         self.unseen_token_ids: torch.Tensor | None = None  # what `generate` returned last: chosen, but not yet processed
-        self._is_recording = False
         self._num_recorded = 0
         self._token_log: list[tuple] = []
         for group in self._groups:
-            group.keys = group.values = group.sinks = None
+            group.states, group.record_past = (), False
 
     def _select_rows(self, index: torch.Tensor) -> None:
         if self._batch_size == -1:
@@ -1051,8 +1095,8 @@ class SinkCache(Cache):
         if len(self._num_seen) > 1:
             rows = index.tolist()
             self._num_seen, self._base = [self._num_seen[row] for row in rows], [self._base[row] for row in rows]
-        for group in self._groups:
-            group.select_rows(index)
+        for states in self._states:
+            states.select_rows(index)
         if self._token_ids is not None:
             self._token_ids = self._token_ids.index_select(0, index.to(self._token_ids.device))
         self._batch_size = len(index)
@@ -1073,10 +1117,13 @@ class SinkCache(Cache):
 
     def activate_past_recording(self) -> None:
         """Keep what passes evict from now on, until `crop` says which of their tokens stand."""
-        if not self._is_recording:
-            self._is_recording, self._num_recorded = True, 0
-            for group in self._groups:
-                group.log = []
+        for group in self._groups:
+            group.record_past = True
+        self._forget_recorded()
+
+    @property
+    def _is_recording(self) -> bool:
+        return any(group.record_past for group in self._groups)
 
     def crop(self, num_tokens: int) -> None:
         """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if negative, else all but the first so
@@ -1096,15 +1143,18 @@ class SinkCache(Cache):
                     "activate_past_recording() before the passes that may be taken back."
                 )
         if removed:
-            for group in self._groups:
-                group.undo(num_left)
+            for states in self._states:
+                states.undo(num_left)
             for rows, slots, tokens, old in reversed(self._token_log):
                 undone = tokens >= torch.tensor(num_left * (self._batch_size // len(num_left)), device=tokens.device)[rows]
                 self._token_ids[rows[undone], slots[undone]] = old[undone]
             self._num_seen = num_left
+        self._forget_recorded()
+
+    def _forget_recorded(self) -> None:
         self._num_recorded, self._token_log = 0, []
-        for group in self._groups:
-            group.log = [] if self._is_recording else None
+        for states in self._states:
+            states.log = []
 
 
 def _check_numbers(window_length, num_sink_tokens) -> None:

@@ -13,8 +13,6 @@ COMMON = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,  # not the number of heads: mixing the two up must show
     "max_position_embeddings": 512,
-    # Flat attention hides a wrong position: weights must be large.
-    "initializer_range": 0.25,
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -80,6 +78,7 @@ FAMILIES = {
                 "short_factor": [1.0, 1.1, 1.3, 1.7],
                 "long_factor": [1.0, 2.0, 4.0, 8.0],
                 "original_max_position_embeddings": 256,
+                "attention_factor": 1.2,
             },
         },
     ),
@@ -123,7 +122,7 @@ FAMILIES = {
     "mpt": ("MptConfig", {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2}),
     "nanochat": ("NanoChatConfig", {"head_dim": 8}),
 }
-EAGER_ONLY = {"gpt-j", "gpt-oss", "bloom", "mpt"}
+EAGER_ONLY = {"gemma2", "gemma2-long-window", "gpt-j", "gpt-oss", "bloom", "mpt"}
 # Scores depend on the order of keys: a pass of several tokens can't go past the window.
 ORDERED = {"falcon-alibi", "bloom", "mpt"}
 
@@ -140,7 +139,9 @@ def build_model(name: str, attn_implementation: str = "eager", dtype=torch.float
     config = build_config(name, **overrides)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     for parameter_name, parameter in model.named_parameters():
-        if parameter.ndim == 1 and "norm" not in parameter_name:  # biases, attention sinks: zero at the start
+        if parameter.ndim > 1:  # flat attention hides a wrong position: weights must be large
+            torch.nn.init.normal_(parameter, std=0.25)
+        elif not any(part in parameter_name for part in ("norm", "ln")):  # biases, attention sinks: zero at the start
             torch.nn.init.normal_(parameter, std=0.1)
     model.generation_config.eos_token_id = None
     return model.to(dtype).eval()

@@ -1,0 +1,49 @@
+"""What the tests have in common: streams of tokens, ways to feed them, and one measure of difference."""
+
+import torch
+from families import VOCAB_SIZE
+from generate import SinkCache
+from oracle import TOLERANCE
+
+WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
+NUM_TOKENS = 80  # five windows
+
+
+def random_ids(num_tokens: int = NUM_TOKENS, seed: int = 1, num_rows: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB_SIZE, (num_rows, num_tokens), generator=generator)
+
+
+@torch.no_grad()
+def feed(model, cache: SinkCache, input_ids: torch.Tensor, sizes: list[int], attention_mask=None) -> torch.Tensor:
+    """Logits `[batch, num_tokens, vocab]` of a stream that is fed in passes of these sizes."""
+    assert sum(sizes) == input_ids.shape[1]
+    logits, start = [], 0
+    for size in sizes:
+        columns = slice(start, start + size)
+        mask = None if attention_mask is None else attention_mask[:, columns]
+        logits.append(model(**cache.prepare(input_ids[:, columns], mask)).logits)
+        start += size
+    return torch.cat(logits, dim=1)
+
+
+def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `[1, n]` of different lengths as one batch and its mask. Padding is a token like any other, to be ignored by the mask."""
+    length = max(row.shape[1] for row in rows)
+    ids = torch.full((len(rows), length), 7)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, length - row.shape[1] :] = row
+        mask[index, length - row.shape[1] :] = 1
+    return ids, mask
+
+
+def difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest difference, in standard deviations of the reference."""
+    assert logits.shape == reference.shape
+    return ((logits.float() - reference.float()).abs().max() / reference.float().std()).item()
+
+
+def assert_same(logits: torch.Tensor, reference: torch.Tensor) -> None:
+    assert reference.std() > 0.05, "flat logits: the comparison would mean nothing"
+    assert difference(logits, reference) <= TOLERANCE

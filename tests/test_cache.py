@@ -1,0 +1,227 @@
+"""`SinkCache` as an object: what it says of itself, and every operation at every fill level."""
+
+import copy
+
+import pytest
+import torch
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
+from families import build_model
+from generate import SinkCache, Window
+from oracle import oracle_logits
+
+# Tokens seen before the operation: fewer than the sinks, filling, at the edge, past it, past several re-bases.
+FILL_LEVELS = [2, 10, WINDOW_LENGTH - 1, WINDOW_LENGTH, WINDOW_LENGTH + 1, 50]
+
+
+def new_cache(model, **kwargs):
+    return SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("gemma3", "sdpa")
+
+
+def filled(model, num_seen: int, num_rows: int = 1) -> tuple[SinkCache, torch.Tensor]:
+    """A cache that has seen streams of its own in each row, and those streams with 30 tokens to come."""
+    cache, streams = new_cache(model), random_ids(num_seen + 30, seed=5, num_rows=num_rows)
+    feed(model, cache, streams[:, :num_seen], [num_seen])
+    return cache, streams
+
+
+def assert_goes_on(model, cache: SinkCache, streams: torch.Tensor, num_seen: int) -> None:
+    """The rest of the streams gets the logits that it would have got without whatever was done before."""
+    rest = streams.shape[1] - num_seen
+    logits = feed(model, cache, streams[:, num_seen:], [1] * (rest - 12) + [12])
+    for row, stream in enumerate(streams):
+        assert_same(logits[row : row + 1], oracle_logits(model, stream[None], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, num_seen:])
+
+
+def test_slots_of_tokens_by_hand():
+    """Two sinks and a ring of three, written down: the ground truth that no formula was used for."""
+    window = Window(length=5, num_sinks=2)
+    by_hand = [0, 1, 2, 3, 4, 2, 3, 4, 2, 3]
+    assert [window.slot(token) for token in range(10)] == by_hand
+    assert window.slot(torch.arange(10)).tolist() == by_hand
+    slots = torch.arange(5)
+    assert window.token(slots, torch.tensor(5)).tolist() == [0, 1, 2, 3, 4]
+    assert window.token(slots, torch.tensor(6)).tolist() == [0, 1, 5, 3, 4]
+    assert window.token(slots, torch.tensor(10)).tolist() == [0, 1, 8, 9, 7]
+    seen_by_7 = [bool(window.sees(torch.tensor(7), torch.tensor(key))) for key in range(10)]
+    assert seen_by_7 == [True, True, False, False, False, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("num_seen", FILL_LEVELS)
+def test_it_says_what_it_holds(model, num_seen):
+    cache, _ = filled(model, num_seen)
+    assert cache.get_seq_length() == cache.num_tokens_seen == num_seen
+    assert cache.num_tokens_held == min(num_seen, WINDOW_LENGTH)
+    assert cache.get_max_length() == cache.get_max_cache_shape() == WINDOW_LENGTH
+    assert [cache.get_max_length(layer) for layer in range(4)] == [6, WINDOW_LENGTH, 6, WINDOW_LENGTH]
+    assert cache.batch_size == 1 and len(cache) == 4
+    expected = f"window_length=16, num_sink_tokens=4, tokens_seen={num_seen}, tokens_held={min(num_seen, 16)}, bytes_held="
+    assert expected in repr(cache)
+
+
+@pytest.mark.parametrize("num_seen", FILL_LEVELS)
+def test_a_deep_copy_goes_on_by_itself(model, num_seen):
+    """Prefill once, continue many times: neither may write into the other."""
+    cache, streams = filled(model, num_seen)
+    branch = copy.deepcopy(cache)
+    feed(model, branch, random_ids(40, seed=8), [20, 20])
+    assert_goes_on(model, cache, streams, num_seen)
+    assert branch.num_tokens_seen == num_seen + 40
+
+
+@pytest.mark.parametrize("num_seen", FILL_LEVELS)
+@pytest.mark.parametrize(
+    "operation, rows",
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
+    ],
+    ids=["reorder", "repeat", "select", "select-by-mask"],
+)
+def test_operations_on_the_batch(model, num_seen, operation, rows):
+    cache, streams = filled(model, num_seen, num_rows=3)
+    operation(cache)
+    assert cache.batch_size == len(rows)
+    assert_goes_on(model, cache, streams[rows], num_seen)
+
+
+@pytest.mark.parametrize("lengths", [(3, 20, 60), (15, 16, 17), (1, 2, 3)])
+def test_operations_on_a_batch_of_rows_of_different_lengths(model, lengths):
+    """Counters, slots and the moves of the sinks are each row's own, and have to travel with it."""
+    prompts = [random_ids(length, seed=length) for length in lengths]
+    cache = new_cache(model)
+    ids, mask = left_padded(prompts)
+    feed(model, cache, ids, [ids.shape[1]], mask)
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 3, 4, 5]))
+    rest = random_ids(40, seed=3)
+    logits = feed(model, cache, rest.expand(4, -1), [1] * 30 + [10])
+    for row, prompt in enumerate([prompts[2], prompts[0], prompts[1], prompts[1]]):
+        expected = oracle_logits(model, torch.cat([prompt, rest], 1), WINDOW_LENGTH, NUM_SINK_TOKENS)[:, prompt.shape[1] :]
+        assert_same(logits[row : row + 1], expected)
+
+
+@pytest.mark.parametrize("num_seen", FILL_LEVELS)
+def test_reset_makes_it_new(model, num_seen):
+    cache, _ = filled(model, num_seen, num_rows=2)
+    cache.reset()
+    assert cache.num_tokens_seen == cache.num_bytes_held == 0 and cache.batch_size == -1
+    streams = random_ids(60, seed=6)
+    assert_goes_on(model, cache, streams, 0)
+
+
+@pytest.mark.parametrize("num_seen", FILL_LEVELS)
+@pytest.mark.parametrize("num_draft, num_rejected", [(1, 1), (5, 2), (5, 5), (5, 0)])
+def test_draft_tokens_that_are_rolled_back_leave_no_trace(model, num_seen, num_draft, num_rejected):
+    """Feeding: drafts that did not stand. Would catch evicted tokens that are gone, and sinks overwritten by a draft."""
+    cache, streams = filled(model, num_seen)
+    num_stand = num_draft - num_rejected
+    draft = torch.cat([streams[:, num_seen : num_seen + num_stand], random_ids(num_rejected or 1, seed=77)], 1)[:, :num_draft]
+    cache.activate_past_recording()
+    feed(model, cache, draft, [num_draft])
+    cache.crop(-num_rejected)
+    assert cache.num_tokens_seen == num_seen + num_stand
+    assert_goes_on(model, cache, streams, num_seen + num_stand)
+
+
+def test_roll_back_over_several_passes_and_a_rebase(model):
+    """An assistant drafts token by token; here the drafts also cross the position at which all keys are turned back."""
+    num_seen = 2 * WINDOW_LENGTH - 2
+    cache, streams = filled(model, num_seen)
+    cache.activate_past_recording()
+    feed(model, cache, random_ids(5, seed=77), [1] * 5)
+    assert cache._base != [0]
+    cache.crop(-5)
+    assert_goes_on(model, cache, streams, num_seen)
+
+
+def test_roll_back_of_rows_of_different_lengths(model):
+    prompts = [random_ids(length, seed=length) for length in (3, 20, 60)]
+    cache = new_cache(model)
+    ids, mask = left_padded(prompts)
+    feed(model, cache, ids, [60], mask)
+    cache.activate_past_recording()
+    feed(model, cache, random_ids(4, seed=77).expand(3, -1), [4])
+    cache.crop(-4)
+    rest = random_ids(20, seed=3)
+    logits = feed(model, cache, rest.expand(3, -1), [1] * 20)
+    for row, prompt in enumerate(prompts):
+        expected = oracle_logits(model, torch.cat([prompt, rest], 1), WINDOW_LENGTH, NUM_SINK_TOKENS)[:, prompt.shape[1] :]
+        assert_same(logits[row : row + 1], expected)
+
+
+def test_what_was_recorded_is_let_go(model):
+    """Recording costs memory only between two calls of crop, and ends where transformers ends it: at the layers."""
+    cache, streams = filled(model, 50)
+    held = cache.num_bytes_held
+    cache.activate_past_recording()
+    feed(model, cache, streams[:, 50:55], [5])
+    assert all(states.log for states in cache._states)
+    cache.crop(0)
+    assert not any(states.log for states in cache._states) and cache.num_bytes_held == held
+    for layer in cache.layers:
+        layer.record_past = False
+    assert not any(cache.is_recording_past(layer) for layer in range(len(cache)))
+    feed(model, cache, streams[:, 55:60], [5])
+    assert not any(states.log for states in cache._states)
+    assert_goes_on(model, cache, streams, 60)
+
+
+def test_crop_refuses_what_it_can_not_restore(model):
+    """Also a pass that is itself longer than a window: what it evicted of its own tokens was never held."""
+    cache, streams = filled(model, 50)
+    cache.activate_past_recording()
+    feed(model, cache, streams[:, 50:60], [10])
+    with pytest.raises(ValueError, match="recorded"):
+        cache.crop(-1)
+    assert_goes_on(model, cache, streams, 60)
+    cache, streams = filled(model, 50)
+    with pytest.raises(ValueError, match="activate_past_recording"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="only 50"):
+        cache.crop(-51)
+    assert_goes_on(model, cache, streams, 50)
+
+
+def test_the_model_may_prepare_passes_itself_one_token_at_a_time():
+    """`model(ids, past_key_values=cache)` as in the older documentation: any family whose scores don't depend on the order."""
+    for name in ("llama", "gemma3", "gpt-j", "cohere", "mistral-short-window"):
+        model, input_ids = build_model(name), random_ids()
+        num_first = 6 if name in ("gemma3", "mistral-short-window") else WINDOW_LENGTH
+        cache = new_cache(model)
+        with torch.no_grad():
+            logits = [model(input_ids[:, :num_first], past_key_values=cache).logits]
+            logits += [model(input_ids[:, t : t + 1], past_key_values=cache).logits for t in range(num_first, 80)]
+        assert_same(torch.cat(logits, 1), oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS))
+
+
+def test_a_pass_that_is_interrupted_can_be_repeated(model, monkeypatch):
+    """Ctrl-C in a layer in the middle, at a single token: the next try finds everything as it was."""
+    cache, streams = filled(model, 50)
+    layer = model.model.layers[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            feed(model, cache, streams[:, 50:51], [1])
+    assert cache.num_tokens_seen == 50
+    assert_goes_on(model, cache, streams, 50)
+
+
+def test_an_interrupted_pass_that_can_not_be_repeated_is_not_glossed_over(model, monkeypatch):
+    cache, streams = filled(model, 50)
+    layer = model.model.layers[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            feed(model, cache, streams[:, 50:60], [10])
+    with pytest.raises(ValueError, match=r"interrupted after 2 of 4 layers.*reset\(\)"):
+        cache.prepare(streams[:, 50:51])
+    cache.reset()
+    assert_goes_on(model, cache, streams, 0)

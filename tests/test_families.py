@@ -1,0 +1,94 @@
+"""Every family and kind of position embedding against the oracle: the rules hold for all tokens, however they are fed."""
+
+import pytest
+import torch
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
+from families import EAGER_ONLY, FAMILIES, ORDERED, build_model
+from generate import SinkCache
+from oracle import TOLERANCE, oracle_logits
+from transformers import DynamicCache
+
+CASES = [
+    pytest.param(name, implementation, id=f"{name}-{implementation}")
+    for name in FAMILIES
+    for implementation in ("eager", "sdpa")
+    if implementation == "eager" or name not in EAGER_ONLY
+]
+# Cases at W-1, W, W+1, chunks over every edge, and one pass far longer than the window.
+SPLITS = {
+    "one-by-one": [1] * 80,
+    "chunks": [7] * 11 + [3],
+    "over-the-edge": [3, 30, 1, 1, 40, 5],
+    "at-the-edge": [15, 1, 1, 63],
+    "one-pass": [80],
+}
+
+
+@pytest.mark.parametrize("name, implementation", CASES)
+def test_logits_equal_the_oracle_however_the_tokens_are_fed(name, implementation):
+    """Exactness, parity and feeding at once. A pass can't be luck: see the test of the oracle below, and the floor for flat logits."""
+    model = build_model(name, implementation)
+    input_ids = random_ids()
+    expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    with torch.no_grad():
+        full = model(input_ids, past_key_values=DynamicCache(config=model.config)).logits
+    assert_same(full[:, :WINDOW_LENGTH], expected[:, :WINDOW_LENGTH])
+    for sizes in [[9, 7] + [1] * 64] if name in ORDERED else SPLITS.values():
+        cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+        assert_same(feed(model, cache, input_ids, sizes), expected)
+        assert cache.num_tokens_seen == 80 and cache.num_tokens_held == WINDOW_LENGTH
+
+
+@pytest.mark.parametrize("name, implementation", CASES)
+def test_a_row_does_not_depend_on_padding_or_other_rows(name, implementation):
+    """Rows of 30, 2 (less than the sinks) and 19 tokens: before, at and past the edge at the same step, then three windows more.
+
+    Would catch padding that becomes a sink, and positions or slots counted in columns.
+    """
+    model = build_model(name, implementation)
+    stream = random_ids()
+    prompts = [stream[:, 5 : 5 + length] for length in (30, 2, 19)]
+    input_ids, mask = left_padded(prompts)
+    rest = stream[:, 32:].expand(3, -1)
+    cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    feed(model, cache, input_ids, [16] + [1] * 14 if name in ORDERED else [30], mask)
+    logits = feed(model, cache, rest, [1] * 48 if name in ORDERED else [1] * 20 + [9, 19])
+    for row, prompt in enumerate(prompts):
+        alone = torch.cat([prompt, stream[:, 32:]], dim=1)
+        expected = oracle_logits(model, alone, WINDOW_LENGTH, NUM_SINK_TOKENS)
+        assert_same(logits[row : row + 1], expected[:, prompt.shape[1] :])
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ORDERED and "short-window" not in name])
+def test_the_oracle_notices_wrong_sinks_and_sinks_left_unmoved(name):
+    """A test of the test: other sinks, or sinks at their first positions, must be far from the rules."""
+    model = build_model(name)
+    input_ids = random_ids()
+    expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    others = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS, sinks=random_ids(NUM_SINK_TOKENS, seed=9))
+    unmoved = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS, shift=False)
+    assert difference(others, expected) > 100 * TOLERANCE
+    assert difference(unmoved, expected) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-j", "deepseek-v3", "bloom"])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_zero_sinks_is_a_plain_sliding_window(name, seed):
+    """Compared with Mistral-like masking done by hand: the model itself over exactly the tokens in the window, where layers are one."""
+    model = build_model(name, seed=seed)
+    input_ids = random_ids(seed=seed)
+    expected = oracle_logits(model, input_ids, WINDOW_LENGTH, 0)
+    cache = SinkCache.from_model(model, WINDOW_LENGTH, 0)
+    assert_same(feed(model, cache, input_ids, [10, 6] + [1] * 64), expected)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("window_length, num_sink_tokens", [(1, 0), (2, 1), (5, 4), (16, 15), (16, 1), (17, 4), (64, 4), (79, 4), (80, 4)])
+def test_every_shape_of_window(window_length, num_sink_tokens, seed):
+    """The smallest windows, rings of one slot, and windows that the stream just reaches or just misses."""
+    model = build_model("qwen3", "sdpa", seed=seed)
+    input_ids = random_ids(seed=seed)
+    expected = oracle_logits(model, input_ids, window_length, num_sink_tokens)
+    for sizes in ([1] * 80, [11] * 7 + [3]):
+        cache = SinkCache.from_model(model, window_length, num_sink_tokens)
+        assert_same(feed(model, cache, input_ids, sizes), expected)
