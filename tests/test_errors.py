@@ -1,0 +1,254 @@
+"""Bad input is refused before the model has computed anything for it, by a message that names it; and nothing has changed then."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, random_ids
+from families import build_model
+from generate import UNSUPPORTED_OPTIONS, SinkCache, generate
+from transformers import AutoModelForCausalLM, DynamicCache
+
+WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("qwen3", "sdpa")
+
+
+@pytest.fixture
+def untouched(model, monkeypatch):
+    """Fails if the model is run."""
+    SinkCache.from_model(model, **WINDOW)  # asked before
+
+    def forward(*args, **kwargs):
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    return model
+
+
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        ({"window_length": 0}, "window_length must be at least 1, got 0"),
+        ({"window_length": -5}, "window_length must be at least 1, got -5"),
+        ({"window_length": 16.0}, r"window_length must be an int, got 16.0 \(float\)"),
+        ({"window_length": "16"}, r"window_length must be an int, got '16' \(str\)"),
+        ({"window_length": True, "num_sink_tokens": 0}, r"window_length must be an int, got True \(bool\)"),
+        ({"num_sink_tokens": -1}, "num_sink_tokens must be at least 0 and less than window_length=256, got -1"),
+        ({"num_sink_tokens": 256}, "less than window_length=256, got 256"),
+        ({"window_length": 4}, "less than window_length=4, got 4"),
+        ({"num_sink_tokens": 2.5}, r"num_sink_tokens must be an int, got 2.5 \(float\)"),
+    ],
+)
+def test_numbers_that_make_no_window(untouched, numbers, message):
+    for call in (
+        lambda: SinkCache(**numbers),
+        lambda: SinkCache.from_model(untouched, **numbers),
+        lambda: generate(random_ids(5), model=untouched, **numbers),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED_OPTIONS)
+def test_options_that_are_not_supported(untouched, name):
+    value = {"assistant_model": untouched, "cache_implementation": "static", "position_ids": torch.arange(5)[None]}.get(name, 2)
+    with pytest.raises(ValueError, match=f"{name}=.*{UNSUPPORTED_OPTIONS[name][:20]}.*Leave it out"):
+        generate(random_ids(5), model=untouched, **{name: value}, **WINDOW)
+    if name not in ("assistant_model", "negative_prompt_ids", "position_ids"):
+        config = transformers.GenerationConfig()
+        setattr(config, name, value)
+        with pytest.raises(ValueError, match=f"{name}="):
+            generate(random_ids(5), config, model=untouched, **WINDOW)
+
+
+def test_options_at_their_neutral_values_are_fine(model):
+    generate(random_ids(5), model=model, guidance_scale=1.0, num_beam_groups=1, token_healing=False, max_new_tokens=2, **WINDOW)
+
+
+def test_a_cache_implementation_that_the_model_brings_is_ignored(model):
+    """Published generation configs name one (Gemma: "hybrid"); that is no wish of the caller."""
+    own = copy.deepcopy(model)
+    own.generation_config.cache_implementation = "static"
+    generate(random_ids(5), model=own, max_new_tokens=2, **WINDOW)
+    assert own.generation_config.cache_implementation == "static"
+
+
+def test_no_cache(untouched):
+    with pytest.raises(ValueError, match="use_cache=False"):
+        generate(random_ids(5), model=untouched, use_cache=False, **WINDOW)
+
+
+def test_a_mistyped_argument(untouched):
+    with pytest.raises(ValueError, match="windw_length"):
+        generate(random_ids(5), model=untouched, windw_length=5, **WINDOW)
+
+
+def test_chunk_length(untouched):
+    for value in (0, -1, 2.5, "all"):
+        with pytest.raises(ValueError, match="prefill_chunk_size"):
+            generate(random_ids(5), model=untouched, prefill_chunk_size=value, **WINDOW)
+
+
+@pytest.mark.parametrize(
+    "ids, mask, message",
+    [
+        (torch.zeros(1, 0, dtype=torch.long), None, r"empty prompt.*\(1, 0\)"),
+        (torch.arange(5), None, r"\[batch, num_tokens\].*\(5,\)"),
+        (random_ids(5), torch.ones(1, 4), r"shape \(1, 4\), and must have \(1, 5\)"),
+        (random_ids(5), torch.ones(1, 1, 5, 5), r"\(1, 1, 5, 5\), and must have \(1, 5\)"),
+        (random_ids(5), torch.tensor([[1, 1, 1, 0, 0]]), "row 0 has padding on the right or a hole"),
+        (random_ids(5, num_rows=2), torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]]), "row 1 has padding on the right or a hole"),
+        (random_ids(5, num_rows=2), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]), "Row 1 of the prompt is all padding"),
+    ],
+)
+def test_prompts(untouched, ids, mask, message):
+    with pytest.raises(ValueError, match=message):
+        generate(ids, attention_mask=mask, model=untouched, **WINDOW)
+
+
+def test_a_tensor_that_belongs_to_each_token(untouched):
+    with pytest.raises(ValueError, match="token_type_ids can't be used"):
+        generate(random_ids(5), token_type_ids=torch.zeros(1, 5), model=untouched, **WINDOW)
+
+
+def filled(model, num_rows: int = 1, **numbers) -> SinkCache:
+    cache = SinkCache(**(WINDOW | numbers))
+    generate(random_ids(20, num_rows=num_rows), model=model, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    return cache
+
+
+def test_a_cache_with_other_numbers(model):
+    cache = filled(model)
+    with pytest.raises(ValueError, match="window_length=20 was asked for.*made with 16"):
+        generate(random_ids(30), model=model, past_key_values=cache, window_length=20)
+    with pytest.raises(ValueError, match="num_sink_tokens=0 was asked for.*made with 4"):
+        generate(random_ids(30), model=model, past_key_values=cache, num_sink_tokens=0)
+    assert cache.get_seq_length() == 22
+
+
+def test_a_cache_of_another_model(model):
+    cache, other = filled(model), build_model("qwen3", seed=1)
+    ids = torch.cat([random_ids(20), random_ids(20)], 1)
+    with pytest.raises(ValueError, match="made for another model"):
+        generate(ids, attention_mask=torch.ones(1, 62), model=other, past_key_values=cache)
+    with pytest.raises(ValueError, match="made for another model"):
+        cache.bind(other)
+
+
+def test_a_cache_of_another_dtype(model):
+    own = copy.deepcopy(model)
+    cache = filled(own)
+    own.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="now in torch.bfloat16 .*holds keys in torch.float32"):
+        generate(random_ids(30), attention_mask=torch.ones(1, 52), model=own, past_key_values=cache)
+
+
+def test_a_cache_of_another_batch(model):
+    cache = filled(model, num_rows=2)
+    with pytest.raises(ValueError, match="holds 2 rows, and the prompt has 3"):
+        generate(random_ids(30, num_rows=3), model=model, past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 2 rows, and 3 are passed"):
+        cache.prepare(random_ids(1, num_rows=3))
+
+
+def test_a_cache_of_another_class(untouched, model, monkeypatch):
+    cache = DynamicCache()
+    keys = torch.zeros(1, 2, 5, 8)
+    cache.update(keys, keys, 0)
+    with pytest.raises(ValueError, match="DynamicCache that already holds tokens"):
+        generate(random_ids(10), model=untouched, past_key_values=cache, **WINDOW)
+    monkeypatch.undo()
+    outputs = generate(
+        random_ids(10), model=model, past_key_values=DynamicCache(), max_new_tokens=2, return_dict_in_generate=True, **WINDOW
+    )
+    assert type(outputs.past_key_values) is SinkCache
+
+
+def test_a_cache_that_was_not_told_the_model(model):
+    """At the door: the model's own loop would get wrong logits only past the window."""
+    for call in (
+        lambda cache: model(random_ids(5), past_key_values=cache),
+        lambda cache: model.generate(random_ids(5), past_key_values=cache, max_new_tokens=2),
+        lambda cache: cache.prepare(random_ids(5)),
+    ):
+        with pytest.raises(ValueError, match=r"SinkCache.from_model\(model, window_length=16, num_sink_tokens=4\)"):
+            call(SinkCache(**WINDOW))
+
+
+@pytest.mark.parametrize(
+    "name, num_seen, passes, message",
+    [
+        ("qwen3", 0, random_ids(20), "20 tokens at once go past the window of 16"),
+        ("gemma3", 0, random_ids(10), "10 tokens at once go past the window of 6"),
+        ("qwen3", 14, random_ids(3), "3 tokens at once go past the window of 16"),
+        ("qwen3", 0, random_ids(3, num_rows=2), r"padding of a batch \(here 2 rows\)"),
+        ("bloom", 0, random_ids(3), "order of the keys"),
+        ("qwen3", 40, random_ids(1), "positions that `prepare` chose"),
+    ],
+)
+def test_passes_that_the_model_can_not_prepare_itself(name, num_seen, passes, message):
+    model = build_model(name, "eager")
+    cache = SinkCache.from_model(model, **WINDOW)
+    for size in [39, 1] if num_seen == 40 else [num_seen] if num_seen else []:
+        model(**cache.prepare(random_ids(size)))
+    with pytest.raises(ValueError, match=f"{message}.*cache.prepare"):
+        model(passes, past_key_values=cache)
+    assert cache.get_seq_length() == num_seen
+
+
+def test_what_prepare_returned_must_be_what_the_model_gets(model):
+    cache = SinkCache.from_model(model, **WINDOW)
+    inputs = cache.prepare(random_ids(5))
+    with pytest.raises(ValueError, match="prepared for 1 rows of 5 tokens.*1 rows of 3"):
+        model(random_ids(3), past_key_values=inputs["past_key_values"])
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=97), "absolute or learned position"),
+        (transformers.OPTConfig(hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=97,
+                                word_embed_proj_dim=32), "absolute or learned position"),
+        (transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=97, state_size=4), "Mamba"),
+        (transformers.JambaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+                                  num_key_value_heads=2, vocab_size=97, num_experts=2, attn_layer_period=2,
+                                  attn_layer_offset=1, use_mamba_kernels=False), "another kind of state"),
+    ],
+    ids=["gpt2", "opt", "mamba", "jamba"],
+)  # fmt: skip
+def test_models_for_which_the_rules_can_not_be_kept(config, message):
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=message):
+        generate(random_ids(5), model=model, max_new_tokens=3, **WINDOW)
+    with pytest.raises(ValueError, match=message):
+        SinkCache.from_model(model, **WINDOW)
+
+
+def test_encoder_decoder_models():
+    config = transformers.T5Config(d_model=32, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=97, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        generate(random_ids(5), model=model, max_new_tokens=3, **WINDOW)
+
+
+@pytest.mark.parametrize(
+    "name, overrides",
+    [("gpt-j", {"max_position_embeddings": 31}), ("llama-dynamic", {"max_position_embeddings": 31}), ("mpt", {"max_seq_len": 15})],
+)
+def test_a_window_that_the_positions_of_the_model_do_not_reach(name, overrides):
+    model = build_model(name, **overrides)
+    with pytest.raises(ValueError, match="window_length=16 is too long"):
+        generate(random_ids(5), model=model, **WINDOW)
+    generate(random_ids(40), model=model, window_length=15, max_new_tokens=20, do_sample=False)
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention"])
+def test_attention_implementations_that_take_other_masks(implementation):
+    model = build_model("llama", implementation)
+    with pytest.raises(ValueError, match=f"{implementation}.*set_attn_implementation"):
+        generate(random_ids(5), model=model, **WINDOW)

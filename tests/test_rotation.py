@@ -1,0 +1,177 @@
+"""Finding out how a model moves keys: along two paths, with right and with wrong rotations."""
+
+import math
+
+import generate
+import pytest
+import torch
+from checks import assert_same, feed, random_ids
+from families import FAMILIES, ORDERED, build_model
+from generate import Rotation, SinkCache, candidate_rotations
+from oracle import oracle_logits
+from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as rotate_interleaved
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_halves
+from transformers.models.nanochat.modeling_nanochat import apply_rotary_pos_emb as rotate_backwards
+
+HEAD_DIM = 8
+INV_FREQ = torch.tensor([1.0, 0.3, 0.02, 0.001])
+INDEX = torch.arange(4)
+
+
+def halves() -> Rotation:
+    return Rotation.of_pairs(HEAD_DIM, INV_FREQ, INDEX, INDEX + 4)
+
+
+def test_a_quarter_turn_by_hand():
+    """Dimension 0 turns towards dimension 2 by 90 degrees a position, 1 and 3 stand still."""
+    rotation = Rotation.of_pairs(4, torch.tensor([math.pi / 2]), torch.tensor([0]), torch.tensor([2]))
+    keys = torch.tensor([1.0, 5.0, 0.0, 7.0])
+    for position, expected in enumerate([[1, 5, 0, 7], [0, 5, 1, 7], [-1, 5, 0, 7], [0, 5, -1, 7]]):
+        angles = rotation.angles(torch.tensor(0), torch.tensor(position))
+        torch.testing.assert_close(rotation.turn(keys, angles), torch.tensor(expected, dtype=torch.float), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["halves", "interleaved", "backwards"])
+def test_turns_are_those_of_the_models_own_code(kind):
+    """Two paths: keys rotated to position 9 by transformers, and keys rotated to 3 by transformers and from there by us."""
+    keys = torch.randn(2, 3, 1, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    rotation = {
+        "halves": halves(),
+        "interleaved": Rotation.of_pairs(HEAD_DIM, INV_FREQ, 2 * INDEX, 2 * INDEX + 1),
+        "backwards": Rotation.of_pairs(HEAD_DIM, INV_FREQ, INDEX + 4, INDEX),
+    }[kind]
+
+    def by_transformers(position: int) -> torch.Tensor:
+        angle = (position * INV_FREQ)[None, None]
+        if kind == "interleaved":
+            return rotate_interleaved(keys.transpose(1, 2), angle.sin(), angle.cos()).transpose(1, 2)
+        angle = torch.cat([angle, angle], -1)
+        return {"halves": rotate_halves, "backwards": rotate_backwards}[kind](keys, keys, angle.cos(), angle.sin())[1]
+
+    ours = rotation.turn(by_transformers(3), rotation.angles(torch.tensor(3), torch.tensor(9)))
+    torch.testing.assert_close(ours, by_transformers(9), rtol=0, atol=1e-5)
+
+
+def test_a_turn_there_and_back_is_nothing():
+    keys = torch.randn(5, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).float()
+    rotation = halves()
+    there = rotation.turn(keys, rotation.angles(torch.tensor(2), torch.tensor(77)))
+    back = rotation.turn(there, rotation.angles(torch.tensor(77), torch.tensor(2)))
+    torch.testing.assert_close(back, keys, rtol=0, atol=1e-5)
+    torch.testing.assert_close(there.norm(dim=-1), keys.norm(dim=-1))
+
+
+WRONG = {
+    "other pairs": lambda r: Rotation.of_pairs(HEAD_DIM, INV_FREQ, 2 * INDEX, 2 * INDEX + 1),
+    "other sign": lambda r: Rotation(-r.frequency, r.partner),
+    "one slow pair wrong": lambda r: Rotation(r.frequency * torch.tensor([1, 1, 1, 1.1] * 2), r.partner),
+    "one fast pair wrong": lambda r: Rotation(r.frequency * torch.tensor([1.001, 1, 1, 1] * 2), r.partner),
+    "pairs exchanged": lambda r: Rotation(r.frequency[[1, 0, 2, 3, 5, 4, 6, 7]], r.partner),
+    "none": lambda r: Rotation.identity(HEAD_DIM),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_wrong_rotation_explains_nothing(wrong, dtype):
+    """Whatever is off by more than rounding, in a single pair too, is not accepted."""
+    positions = torch.tensor([0, 1, 256, 511])
+    first = torch.randn(4, 1, 2, HEAD_DIM, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rotation = halves()
+    keys = rotation.turn(first, rotation.angles(torch.zeros(4), positions)[None, :, None])
+    tolerance = generate.ROTATION_TOLERANCE[dtype]
+    assert rotation.explains(keys, positions, tolerance)
+    assert not WRONG[wrong](rotation).explains(keys, positions, tolerance)
+
+
+def test_keys_off_by_one_position_are_not_explained():
+    positions = torch.tensor([0, 1, 256, 511])
+    first = torch.randn(4, 1, 2, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    shifted = halves().turn(first, halves().angles(torch.zeros(4), positions + (positions > 0))[None, :, None])
+    assert not halves().explains(shifted, positions, 2e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_two_candidates_explain_one_model(name):
+    """The first that fits is taken, so there must be no second one that fits and moves keys otherwise."""
+    model = build_model(name)
+    traits = SinkCache.from_model(model, 16, 4)._traits
+    assert traits.is_ordered == (name in ORDERED)
+    positions = torch.tensor([0, 1, 16, 31])
+    tables = generate._inverse_frequencies(model, model.config)
+    for layer in traits.layers:
+        for rotation, (_, head_dim) in zip(layer.rotations, layer.shapes):
+            keys = torch.randn(4, 1, 2, head_dim, generator=torch.Generator().manual_seed(0))
+            keys = rotation.turn(keys, rotation.angles(torch.zeros(4), positions)[None, :, None])
+            fitting = [r for r in candidate_rotations(head_dim, tables) if r.explains(keys, positions, 2e-3)]
+            assert {r.fingerprint for r in fitting} == {rotation.fingerprint}
+
+
+def patched_rotation(monkeypatch, rotate):
+    """A model whose attention turns keys and queries by `rotate` (as remote code might)."""
+    import transformers.models.llama.modeling_llama as llama
+
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", rotate)
+    return build_model("llama")
+
+
+def test_an_unknown_rotation_is_refused(monkeypatch):
+    """Pairs that nobody uses: dimension i with its mirror image. A relative encoding, but not one that can be moved blindly."""
+
+    def mirrored(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos[:, None], sin[:, None]
+        half = cos.shape[-1] // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:].flip(-1)], -1)
+        cos = torch.cat([cos[..., :half], cos[..., half:].flip(-1)], -1)
+        return q * cos + q.flip(-1) * sin, k * cos + k.flip(-1) * sin
+
+    model = patched_rotation(monkeypatch, mirrored)
+    with pytest.raises(ValueError, match="no known rotation explains how the keys of layer 0"):
+        SinkCache.from_model(model, 16, 4)
+
+
+def test_a_known_rotation_is_found_without_any_entry_for_the_model(monkeypatch):
+    def interleaved(q, k, cos, sin, unsqueeze_dim=1):
+        half = cos.shape[-1] // 2
+        angles = {"cos": cos[..., :half], "sin": sin[..., :half]}
+        return tuple(rotate_interleaved(x.transpose(1, 2), **angles).transpose(1, 2) for x in (q, k))
+
+    model = patched_rotation(monkeypatch, interleaved)
+    input_ids = random_ids()
+    cache = SinkCache.from_model(model, 16, 4)
+    assert cache._traits.layers[0].rotations[0].partner.tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
+    assert_same(feed(model, cache, input_ids, [16] + [1] * 64), oracle_logits(model, input_ids, 16, 4))
+
+
+def test_a_model_that_counts_positions_by_itself_is_refused(monkeypatch):
+    """It takes position_ids and ignores them: its keys would not be where the cache believes them."""
+    import transformers.models.llama.modeling_llama as llama
+
+    forward = llama.LlamaRotaryEmbedding.forward
+    monkeypatch.setattr(
+        llama.LlamaRotaryEmbedding,
+        "forward",
+        lambda self, x, position_ids: forward(self, x, torch.arange(position_ids.shape[1])[None].expand_as(position_ids)),
+    )
+    with pytest.raises(ValueError, match="layer 0"):
+        SinkCache.from_model(build_model("llama"), 16, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-j", "deepseek-v3", "cohere", "llama-yarn", "phi"])
+def test_the_rotation_is_found_in_half_precision(name, dtype):
+    exact = SinkCache.from_model(build_model(name), 16, 4)._traits
+    found = SinkCache.from_model(build_model(name, dtype=dtype), 16, 4)._traits
+    for ours, theirs in zip(found.layers, exact.layers):
+        for a, b in zip(ours.rotations, theirs.rotations):
+            assert a.partner.equal(b.partner)
+            torch.testing.assert_close(a.frequency, b.frequency, rtol=1e-2, atol=0)
+
+
+def test_a_model_is_asked_once():
+    """One forward pass over 32 tokens at the first call with a window, none after that."""
+    model, calls = build_model("llama"), []
+    model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    for _ in range(3):
+        SinkCache.from_model(model, 16, 4)
+    assert calls == [32]
