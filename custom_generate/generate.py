@@ -834,6 +834,7 @@ class SinkCache(Cache):
 
     # One forward pass
 
+    @torch.no_grad()
     def prepare(
         self,
         input_ids: torch.Tensor | None = None,
@@ -868,6 +869,7 @@ class SinkCache(Cache):
             inputs["position_ids"] = self._position_ids(tokens.device)
         return inputs
 
+    @torch.no_grad()  # what is held has no history: gradients end here
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:

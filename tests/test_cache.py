@@ -225,3 +225,13 @@ def test_an_interrupted_pass_that_can_not_be_repeated_is_not_glossed_over(model,
         cache.prepare(streams[:, 50:51])
     cache.reset()
     assert_goes_on(model, cache, streams, 0)
+
+
+def test_a_loop_that_forgot_no_grad_keeps_no_graph(model):
+    """Would catch a graph that grows with each token, through all that was written in place."""
+    cache = new_cache(model)
+    input_ids = random_ids(60)
+    for token in range(60):
+        logits = model(**cache.prepare(input_ids[:, token : token + 1])).logits
+    assert logits.requires_grad and not any(states.slots.requires_grad for states in cache._states)
+    assert_same(logits.detach(), oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -1:])

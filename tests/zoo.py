@@ -155,6 +155,8 @@ SPECIAL: dict[str, dict] = {
     "hrm_text": {"num_hidden_layers": 1, "H_cycles": 2, "L_cycles": 1},  # each cycle counts as a layer
     "longcat_flash": {"num_layers": NUM_LAYERS // 2},  # two attentions each
     "mamba2": {"num_heads": 8},
+    "xlstm": {"hidden_size": 128},  # widths are rounded up to 64, and the state must not be
+    "xmod": {"default_language": "en_XX"},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "reformer": {"attn_layers": ["local", "lsh"] * 2, "axial_pos_embds": False, "num_buckets": 2},
 }
