@@ -24,7 +24,7 @@ SIZES = {
     **_names(VOCAB_SIZE, "vocab_size"),
     **_names(32, "hidden_size n_embd d_model emb_dim embedding_size input_embedding_size output_embedding_size lru_width"),
     **_names(NUM_LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers"),
-    **_names(1, "encoder_layers num_encoder_layers"),
+    **_names(NUM_LAYERS, "encoder_layers num_encoder_layers"),  # the cache of some decoders has as many layers as the encoder
     **_names(4, "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads"),
     **_names(4, "num_decoder_attention_heads num_encoder_attention_heads"),
     **_names(2, "num_key_value_heads num_kv_heads"),

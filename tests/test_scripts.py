@@ -1,0 +1,81 @@
+"""The scripts, as a user calls them: a short run each, and the JSON document that ends it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, expect_failure: bool = False) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
+    assert (done.returncode != 0) == expect_failure, done.stderr[-3000:]
+    return done
+
+
+def last_line(done: subprocess.CompletedProcess) -> dict:
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_demo():
+    done = run("scripts/demo.py", "--max-new-tokens", 300, "--window-length", 64, "--num-sink-tokens", 2)
+    result = last_line(done)
+    assert result["new_tokens"] == 300 and result["tokens_held"] == 64 and result["num_sink_tokens"] == 2
+    # 4 layers, 2 heads of 32, float32, keys and values
+    assert result["full_cache_bytes"] == result["tokens_seen"] * 4 * 2 * 32 * 4 * 2
+    assert result["bytes_held"] < result["full_cache_bytes"] / 4
+    assert result["tokens_per_second_end"] > 0
+    assert "class Parser" in done.stdout and "64 held" in done.stdout
+
+
+def test_demo_reads_a_file_and_is_reproducible(tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("import os\n")
+    texts = [run("scripts/demo.py", "--prompt-file", prompt, "--max-new-tokens", 40).stdout.split("\n\n")[0] for _ in range(2)]
+    assert texts[0] == texts[1] and texts[0].startswith("import os")
+
+
+def test_evaluate(tmp_path):
+    text = tmp_path / "text.py"
+    text.write_text((ROOT / "scripts" / "evaluate.py").read_text())
+    arguments = ["--text", text, "--num-tokens", 400, "--full", "--window-length", 64, "--num-sink-tokens", 0, 4]
+    result = last_line(run("scripts/evaluate.py", *arguments))
+    full, plain, sinks = (row["nats"] for row in result["results"])
+    assert plain[-1] > sinks[-1]
+    assert result["edges"] == [0, 128, 256, 384, 400]
+
+
+def test_evaluate_says_when_there_is_too_little_text(tmp_path):
+    text = tmp_path / "text.py"
+    text.write_text("import os\n")
+    assert "Found 0 texts of 400 tokens" in run("scripts/evaluate.py", "--text", text, "--num-tokens", 400, expect_failure=True).stderr
+
+
+def test_benchmark():
+    arguments = ["--window-length", 32, "--num-tokens", 4, "--num-rounds", 2, "--hidden-size", 64, "--num-layers", 1]
+    result = last_line(run("scripts/benchmark.py", *arguments))
+    assert [row["window_length"] for row in result["results"]] == [32] and result["results"][0]["ratio_median"] > 0
+
+
+def test_training(tmp_path):
+    """A few steps; what is written can be loaded, and is not overwritten."""
+    arguments = ["scripts/train_tiny_model.py", "--output-dir", tmp_path, "--num-steps", 3, "--num-sink-steps", 1, "--batch-size", 2]
+    assert last_line(run(*arguments))["parameters"] == 1968064
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("import os").input_ids[0] == model.config.bos_token_id
+    assert tokenizer.decode(tokenizer("def f(x):\n    return 'ä'").input_ids, skip_special_tokens=True) == "def f(x):\n    return 'ä'"
+    assert "--overwrite" in run(*arguments, expect_failure=True).stderr
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py") if path.name != "stdlib_text.py"))
+def test_help(script):
+    if script != "common.py":
+        assert "usage" in run(f"scripts/{script}", "--help").stdout
