@@ -1,5 +1,10 @@
-"""A tiny model with random weights for every entry of transformers' causal-LM mapping: nothing typed in, nothing downloaded."""
+"""A tiny model with random weights for every entry of transformers' causal-LM mapping: nothing downloaded, no list of families.
 
+A config is made from its class: it gets the sizes in `SIZES` under whatever names it has, and few layers of each kind that it has
+by default. What that does not get right stands in `SPECIAL`.
+"""
+
+import copy
 import dataclasses
 import itertools
 
@@ -12,7 +17,8 @@ ZOO_TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 VOCAB_SIZE = 97
 NUM_LAYERS = 4
-NATIVE_WINDOW = 6
+NATIVE_WINDOW = 6  # shorter than a window of the tests, which is 16
+NUM_CHOSEN = 16  # keys that a query may choose: with fewer than that window holds, ties between them would decide
 
 
 def _names(value, names: str) -> dict:
@@ -21,59 +27,55 @@ def _names(value, names: str) -> dict:
 
 # What config fields are called, and what they are here. A config is given those that it has.
 SIZES = {
-    **_names(VOCAB_SIZE, "vocab_size"),
+    **_names(VOCAB_SIZE, "vocab_size vocab_size_per_layer_input unpadded_vocab_size encoder_hash_byte_group_vocab"),
+    **_names(VOCAB_SIZE, "shape_vocab_size pronunciation_vocab_size"),
     **_names(32, "hidden_size n_embd d_model emb_dim embedding_size input_embedding_size output_embedding_size lru_width"),
+    **_names(32, "hidden_size_global backbone_hidden_size"),
     **_names(NUM_LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers"),
-    **_names(NUM_LAYERS, "encoder_layers num_encoder_layers"),  # the cache of some decoders has as many layers as the encoder
+    **_names(NUM_LAYERS, "encoder_layers num_encoder_layers"),  # some decoders get a cache with as many layers as the encoder
     **_names(4, "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads"),
-    **_names(4, "num_decoder_attention_heads num_encoder_attention_heads"),
-    **_names(2, "num_key_value_heads num_kv_heads"),
-    **_names(8, "head_dim d_head dim_head kv_channels attention_head_size"),
+    **_names(4, "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads"),
+    **_names(2, "num_key_value_heads num_kv_heads swa_num_key_value_heads"),
+    **_names(8, "head_dim d_head dim_head kv_channels attention_head_size swa_head_dim"),
     **_names(48, "intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim ffn_hidden_size dff dim_ff d_inner n_inner"),
     **_names(48, "feed_forward_size intermediate_size_mlp dense_intermediate_size prefix_dense_intermediate_size"),
     **_names(512, "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions"),
+    **_names(4, "rotary_dim d_rel"),
     # Flat attention hides a wrong position: weights must be large.
     **_names(0.25, "initializer_range init_std"),
-    # Latent attention: `_attention_heads` takes care that each head has keys of its own.
+    # Latent attention
     **_names(16, "q_lora_rank kv_lora_rank"),
     **_names(8, "qk_nope_head_dim qk_rope_head_dim"),
     **_names(6, "v_head_dim"),
     # Experts
     **_names(4, "num_experts n_routed_experts num_local_experts moe_num_experts"),
-    **_names(2, "num_experts_per_tok moe_topk moe_k n_group"),
+    **_names(2, "num_experts_per_tok moe_topk moe_k n_group zero_expert_num"),
     **_names(1, "topk_group first_k_dense_replace num_dense_layers n_shared_experts num_shared_experts moe_num_shared_experts"),
     **_names(16, "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size"),
     **_names(16, "shared_intermediate_size moe_shared_expert_intermediate_size"),
     # Recurrent layers
-    **_names(8, "mamba_d_state state_size ssm_state_size mamba_d_head mamba_head_dim"),
-    **_names(8, "mamba_n_heads mamba_num_heads"),
+    **_names(8, "mamba_d_state state_size ssm_state_size mamba_d_head mamba_head_dim mamba_n_heads mamba_num_heads"),
     **_names(1, "mamba_n_groups mamba_ngroups n_groups"),
     **_names(16, "mamba_chunk_size chunk_size"),
     **_names(2, "linear_num_key_heads"),
     **_names(4, "linear_num_value_heads linear_num_heads"),
     **_names(8, "linear_key_head_dim linear_value_head_dim linear_head_dim"),
-    # Indexers
-    **_names(8, "index_head_dim indexer_head_dim index_topk indexer_budget"),
-    **_names(4, "index_block_size indexer_compress_ratio"),
-    **_names(2, "index_n_heads indexer_n_heads index_topk_blocks"),
+    # Indexers, which choose the keys that a query sees
+    **_names(8, "index_head_dim indexer_head_dim"),
+    **_names(2, "index_n_heads indexer_n_heads"),
     **_names(1, "indexer_kv_heads"),
-    # Other tables, ranks and streams
-    **_names(VOCAB_SIZE, "vocab_size_per_layer_input unpadded_vocab_size encoder_hash_byte_group_vocab"),
-    **_names(VOCAB_SIZE, "shape_vocab_size pronunciation_vocab_size"),
-    **_names(8, "hidden_size_per_layer_input laurel_rank o_lora_rank router_hidden_size hc_lowrank pronunciation_embed_dim"),
-    **_names(8, "shape_embed_dim"),
-    **_names(32, "hidden_size_global backbone_hidden_size"),
-    **_names(2, "hc_mult hc_count o_groups zero_expert_num altup_num_inputs"),
-    **_names(4, "rotary_dim d_rel"),
-    # Attention of another kind than that of the other layers
-    **_names(4, "swa_num_attention_heads"),
-    **_names(2, "swa_num_key_value_heads"),
-    **_names(8, "swa_head_dim"),
-    # Token ids
+    **_names(NUM_CHOSEN, "index_topk indexer_budget"),
+    **_names(4, "index_block_size indexer_compress_ratio"),
+    **_names(NUM_CHOSEN // 4, "index_topk_blocks"),
+    # Other ranks and streams
+    **_names(8, "hidden_size_per_layer_input laurel_rank o_lora_rank router_hidden_size hc_lowrank"),
+    **_names(8, "shape_embed_dim pronunciation_embed_dim"),
+    **_names(2, "hc_mult hc_count o_groups altup_num_inputs"),
+    # Token ids: no text ends by itself
     **_names(0, "pad_token_id"),
     **_names(1, "bos_token_id"),
     **_names(None, "eos_token_id"),
-    # Decoders that are one half of an encoder-decoder model, or an encoder made to decode
+    # One half of an encoder-decoder model, or an encoder made to decode
     **_names(True, "is_decoder"),
     **_names(False, "is_encoder_decoder add_cross_attention"),
 }
@@ -81,10 +83,10 @@ SIZES = {
 # Fields with one entry a layer.
 LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")
 
-# What the rules above do not get right: by the model type of a config, which for part of a composite is that of the part.
+# What the rules above do not get right: by the model type of the config, and parts of composite models by theirs.
 HALF_SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": NATIVE_WINDOW}
 SPECIAL: dict[str, dict] = {
-    # Attention that is not there by default
+    # Kinds of layers that are not there by default, or only one kind
     "bamba": {"attn_layer_indices": [1, 3]},
     "big_bird": {"attention_type": "original_full"},  # block-sparse attention is for encoders
     "bigbird_pegasus": {"attention_type": "original_full"},
@@ -104,15 +106,15 @@ SPECIAL: dict[str, dict] = {
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "ministral": HALF_SLIDING,
     "zaya": {"layer_types": ["hybrid_sliding", "hybrid"] * 2, "sliding_window": NATIVE_WINDOW, "num_experts_per_tok": 1},
-    # Windows, chunks, blocks and budgets under another name: shorter than a test's window, or they would not show
-    "doge": {"keep_window_size": 8},
+    # Windows under other names
+    "doge": {"keep_window_size": NUM_CHOSEN},
     "gpt_neo": {"attention_types": [[["global", "local"], NUM_LAYERS // 2]], "window_size": NATIVE_WINDOW},
-    "inkling2_text": {"sliding_window_size": NATIVE_WINDOW, "log_scaling_n_floor": 8},
-    "inkling_text": {"sliding_window_size": NATIVE_WINDOW, "log_scaling_n_floor": 8},
-    "llama4_text": {"attention_chunk_size": NATIVE_WINDOW, "floor_scale": 8, "no_rope_layer_interval": 2},
     "modernbert-decoder": {"local_attention": 2 * NATIVE_WINDOW},  # counts both sides
     "recurrent_gemma": {"attention_window_size": NATIVE_WINDOW, "block_types": ["recurrent", "attention"]},
-    # Queries that are scaled by their position from the 33rd on
+    # Queries that are scaled by their position: from the 33rd on, which is beyond twice a window of the tests
+    "inkling2_text": {"sliding_window_size": NATIVE_WINDOW, "log_scaling_n_floor": 32},
+    "inkling_text": {"sliding_window_size": NATIVE_WINDOW, "log_scaling_n_floor": 32},
+    "llama4_text": {"attention_chunk_size": NATIVE_WINDOW, "floor_scale": 33, "no_rope_layer_interval": 2},
     "ministral3": {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -155,10 +157,11 @@ SPECIAL: dict[str, dict] = {
     "hrm_text": {"num_hidden_layers": 1, "H_cycles": 2, "L_cycles": 1},  # each cycle counts as a layer
     "longcat_flash": {"num_layers": NUM_LAYERS // 2},  # two attentions each
     "mamba2": {"num_heads": 8},
-    "xlstm": {"hidden_size": 128},  # widths are rounded up to 64, and the state must not be
-    "xmod": {"default_language": "en_XX"},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "reformer": {"attn_layers": ["local", "lsh"] * 2, "axial_pos_embds": False, "num_buckets": 2},
+    "xlstm": {"hidden_size": 128},  # widths of keys and values are multiples of 64
+    # Names
+    "xmod": {"default_language": "en_XX"},
 }
 
 # Types of which no small model can be built, and why.
@@ -169,17 +172,18 @@ LEFT_OUT: dict[str, str] = {
 
 
 def zoo_config(model_type: str) -> PreTrainedConfig:
-    """The config of a tiny model of this type: of its decoder alone, where the model class takes that."""
-    config_class = CONFIG_MAPPING[model_type]
-    needed = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]).config_class
+    """The config of a tiny model of this type; of its decoder alone, where the model class takes that."""
+    config_class, needed = CONFIG_MAPPING[model_type], _model_class(model_type).config_class
     return _tiny_config(needed if needed in _parts(config_class).values() else config_class)
 
 
 def build_zoo_model(model_type: str, attn_implementation: str | None = None, seed: int = 0) -> torch.nn.Module:
-    """A tiny model of this type in float32 and eval mode."""
+    """A tiny model of this type with random weights, float32, in eval mode."""
     torch.manual_seed(seed)
-    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-    model = model_class._from_config(zoo_config(model_type), attn_implementation=attn_implementation, dtype=torch.float32)
+    # Not by AutoModelForCausalLM, which does not take the config of a decoder alone.
+    model = _model_class(model_type)._from_config(
+        zoo_config(model_type), attn_implementation=attn_implementation, dtype=torch.float32
+    )
     for parameter in model.parameters():
         if not parameter.any():  # biases, attention sinks, gates: a mistake with them must show
             torch.nn.init.normal_(parameter, std=0.1)
@@ -187,30 +191,34 @@ def build_zoo_model(model_type: str, attn_implementation: str | None = None, see
     return model.eval()
 
 
+def _model_class(model_type: str) -> type[torch.nn.Module]:
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+
+
 def _tiny_config(config_class: type[PreTrainedConfig], **overrides) -> PreTrainedConfig:
-    overrides = SPECIAL.get(config_class.model_type, {}) | overrides
+    overrides = copy.deepcopy(SPECIAL.get(config_class.model_type, {})) | overrides
     fields = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
     arguments = {name: value for name, value in SIZES.items() if name in fields}
     parts = _parts(config_class)
     arguments |= {name: _tiny_config(part, **overrides.pop(name, {})) for name, part in parts.items()}
     if not parts:
         default = config_class()
-        arguments |= {name: _few_of_each(kinds) for name in LAYER_LISTS if name in fields and (kinds := getattr(default, name))}
-    if "kv_lora_rank" in fields:
+        arguments |= {name: _some_of_each(kinds) for name in LAYER_LISTS if name in fields and (kinds := getattr(default, name))}
+    if "kv_lora_rank" in fields:  # every head has keys of its own, made from the latent
         arguments["num_key_value_heads"] = arguments["num_attention_heads"]
     if "sliding_attention" in arguments.get("layer_types", ()):
         arguments["sliding_window"] = NATIVE_WINDOW
     elif "None" in fields.get("sliding_window", ""):
-        arguments["sliding_window"] = None  # else all layers would have it, and no sinks
+        arguments["sliding_window"] = None  # else all layers would have it, and none would have sinks
     return config_class(**arguments | overrides)
 
 
 def _parts(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
-    """The config classes of the parts of a composite model that it can't do without."""
+    """The config classes of those parts of a composite model that it can't do without."""
     specs = {name: spec for name, spec in config_class.sub_configs_defaults.items() if not spec.optional}
     return {name: CONFIG_MAPPING[spec.model_type] if spec.model_type else spec.config_class for name, spec in specs.items()}
 
 
-def _few_of_each(kinds: list[str]) -> list[str]:
-    """A short list in which each kind of layer that stands in a long one comes up, in turn."""
+def _some_of_each(kinds: list[str]) -> list[str]:
+    """The kinds of layers that come up in a list, in turn, for as many layers as there are here."""
     return list(itertools.islice(itertools.cycle(dict.fromkeys(kinds)), NUM_LAYERS))
