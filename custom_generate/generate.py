@@ -300,9 +300,10 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
 
 def _native_windows(name: str, config) -> list[int | None]:
     """The sliding window of each layer (None: full attention), as transformers' own cache for this model would have it."""
+    layers = DynamicCache(config=config).layers
+    layer_types = getattr(config, "layer_types", None) or [""] * len(layers)
     windows = []
-    for index, layer in enumerate(DynamicCache(config=config).layers):
-        layer_type = (getattr(config, "layer_types", None) or [""] * (index + 1))[index]
+    for index, (layer, layer_type) in enumerate(zip(layers, layer_types)):
         if type(layer) is DynamicLayer:
             windows.append(None)
         elif type(layer) is DynamicSlidingWindowLayer and "chunked" not in layer_type:
@@ -808,21 +809,28 @@ class SinkCache(Cache):
                 "with SinkCache.from_model(model, ...)."
             )
         else:
-            layer = self._traits.layers[0]
-            if (layer.dtype, layer.device) != (model.dtype, model.device) and self._batch_size != -1:
+            if self._bound_as != (model.dtype, model.device):
+                dtype, device = self._bound_as
                 raise ValueError(
-                    f"The model is now in {model.dtype} on {model.device}, and this cache holds keys in {layer.dtype} on "
-                    f"{layer.device}. Make a new one with SinkCache.from_model(model, ...)."
+                    f"The model is now in {model.dtype} on {model.device}, and this cache was made for it in {dtype} on {device}. Make "
+                    "a new one with SinkCache.from_model(model, ...)."
                 )
             return
+        windows = [self._window_of(layer) for layer in traits.layers]
+        mask_names = traits.layer_types or [None] * len(windows)
+        if not traits.is_ordered and len(set(zip(mask_names, windows))) > len(set(mask_names)):
+            raise ValueError(
+                f"SinkCache gives one mask to all layers of a type, and layers of {type(model).__name__} that share a mask have windows of "
+                "different lengths."
+            )
         self._traits = traits
         self._model = weakref.ref(model)
+        self._bound_as = model.dtype, model.device
         self._config = config
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         members: dict[tuple, list[int]] = {}
-        for index, layer in enumerate(traits.layers):
-            keeps_native = layer.native_window is not None and layer.native_window <= self.window_length
-            window = Window(layer.native_window, 0) if keeps_native else self._window
+        for index, (layer, window) in enumerate(zip(traits.layers, windows)):
+            keeps_native = layer.native_window == window.length
             alike = (window, keeps_native, layer.shapes, layer.dtype, layer.device, *(r.fingerprint for r in layer.rotations))
             members.setdefault(alike, []).append(index)
         layers = {}
@@ -831,6 +839,10 @@ class SinkCache(Cache):
             self._groups.append(group)
             layers |= {i: SinkLayer(group, n, is_sliding=keeps_native) for n, i in enumerate(indices)}
         self.layers = [layers[index] for index in sorted(layers)]
+
+    def _window_of(self, layer: LayerTraits) -> Window:
+        keeps_native = layer.native_window is not None and layer.native_window <= self.window_length
+        return Window(layer.native_window, 0) if keeps_native else self._window
 
     # One forward pass
 
@@ -883,6 +895,11 @@ class SinkCache(Cache):
                 f"{key_states.shape[0]} rows of {key_states.shape[2]}. Call the model with exactly what `prepare` returns."
             )
         layer = self.layers[layer_idx]
+        if key_states.dtype != layer.group.traits.dtype:
+            raise ValueError(
+                f"The model brings keys in {key_states.dtype}, and this cache was made for {layer.group.traits.dtype}. Make it under the "
+                "same autocast, or with the model in the same dtype."
+            )
         keys, values = layer.group.states
         held = keys.update(layer.index, key_states), values.update(layer.index, value_states)
         current.layers_done.add(layer_idx)
@@ -914,7 +931,7 @@ class SinkCache(Cache):
     def _check_unprepared(self, num_columns: int) -> None:
         self._require_model()
         num_after = self.num_tokens_seen + num_columns
-        length = min(layer.group.window.length for layer in self.layers)
+        length = min(group.window.length for group in self._groups)
         reason = None
         if num_columns > 1 and num_after > length:
             reason = f"{num_columns} tokens at once go past the window of {length}, and need a mask of their own"
@@ -1293,7 +1310,7 @@ def generate(
         attention_mask = _mask_from_padding(input_ids, option("pad_token_id"), option("eos_token_id"))
     prompt = Prompt(input_ids, attention_mask) if inputs_embeds is None else Prompt(inputs_embeds, attention_mask, "inputs_embeds")
     num_copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
-    unseen = _unseen(prompt, cache, num_copies)
+    unseen = _unseen(prompt, cache, num_copies).to(model.device)
     cache.bind(model)
 
     if input_ids is not None:
@@ -1333,7 +1350,7 @@ def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size
         others = prepare_inputs(input_ids, *args, **kwargs | {"next_sequence_length": 1})
         others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
         if num_other is not None:
-            return others | cache.prepare(input_ids[:, num_other + cache.get_seq_length() :])
+            return others | cache.prepare(input_ids[:, num_other + cache.get_seq_length() :].to(model.device))
         chunk = _feed_all_but_last_chunk(model, cache, prompt, chunk_size, others)
         num_copies = (len(input_ids) or 1) // len(chunk.tokens)
         if num_copies > 1:
@@ -1385,6 +1402,9 @@ class Prompt:
             Prompt(self.tokens[:, :num_columns], masks[0], self.name),
             Prompt(self.tokens[:, num_columns:], masks[1], self.name),
         )
+
+    def to(self, device: torch.device) -> "Prompt":
+        return Prompt(self.tokens.to(device), None if self.mask is None else self.mask.to(device), self.name)
 
     def repeat(self, num_copies: int) -> "Prompt":
         mask = self.mask if self.mask is None else self.mask.repeat_interleave(num_copies, 0)

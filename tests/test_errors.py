@@ -144,8 +144,15 @@ def test_a_cache_of_another_dtype(model):
     own = copy.deepcopy(model)
     cache = filled(own)
     own.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="now in torch.bfloat16 .*holds keys in torch.float32"):
+    with pytest.raises(ValueError, match="now in torch.bfloat16 .*made for it in torch.float32"):
         generate(random_ids(30), attention_mask=torch.ones(1, 52), model=own, past_key_values=cache)
+
+
+def test_keys_that_come_in_another_dtype():
+    model = build_model("llama")
+    cache = SinkCache.from_model(model, **WINDOW)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="keys in torch.bfloat16.*made for torch.float32"):
+        model(**cache.prepare(random_ids(5)))
 
 
 def test_a_cache_of_another_batch(model):
