@@ -287,6 +287,11 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
                     + (" The model is in training mode: if it has dropout, call `model.eval()` first." if model.training else "")
                 )
             rotations.append(rotation.to(layer.keys.device))
+        if layer.keys.dtype != layer.values.dtype:
+            raise ValueError(
+                f"{name} has keys in {layer.keys.dtype} and values in {layer.values.dtype} (under autocast?). Put the model into one dtype, "
+                "model.to(dtype)."
+            )
         shapes = tuple((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values))
         layers.append(LayerTraits(native_window, tuple(rotations), shapes, layer.keys.dtype, layer.keys.device))
 
@@ -895,10 +900,10 @@ class SinkCache(Cache):
                 f"{key_states.shape[0]} rows of {key_states.shape[2]}. Call the model with exactly what `prepare` returns."
             )
         layer = self.layers[layer_idx]
-        if key_states.dtype != layer.group.traits.dtype:
+        if not key_states.dtype == value_states.dtype == layer.group.traits.dtype:
             raise ValueError(
-                f"The model brings keys in {key_states.dtype}, and this cache was made for {layer.group.traits.dtype}. Make it under the "
-                "same autocast, or with the model in the same dtype."
+                f"The model brings keys in {key_states.dtype} and values in {value_states.dtype}, and this cache was made for "
+                f"{layer.group.traits.dtype}. Put the model into one dtype, model.to(dtype), in place of autocast."
             )
         keys, values = layer.group.states
         held = keys.update(layer.index, key_states), values.update(layer.index, value_states)

@@ -151,7 +151,7 @@ def test_a_cache_of_another_dtype(model):
 def test_keys_that_come_in_another_dtype():
     model = build_model("llama")
     cache = SinkCache.from_model(model, **WINDOW)
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="keys in torch.bfloat16.*made for torch.float32"):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="values in torch.bfloat16.*made for torch.float32"):
         model(**cache.prepare(random_ids(5)))
 
 
