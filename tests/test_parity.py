@@ -70,5 +70,7 @@ def test_past_the_window_logits_do_not_depend_on_how_tokens_are_fed(model, input
 def test_past_the_window_the_cache_does_not_grow(model, input_ids):
     cache = feed(model, input_ids, [160], window_length=48)[1]
     held = cache.num_bytes_held
-    generate(input_ids, model=model, past_key_values=cache, max_new_tokens=100, do_sample=False)
+    text = torch.cat([input_ids, input_ids[:, -1:]], dim=1)
+    outputs = generate(text, model=model, past_key_values=cache, max_new_tokens=100, min_new_tokens=100, do_sample=False)
+    assert outputs.shape[1] == 261 and cache.get_seq_length() == 260
     assert cache.num_bytes_held == held
