@@ -1028,7 +1028,8 @@ class SinkCache(Cache):
             elif self._traits.is_ordered:
                 columns.append(1)
             else:
-                columns.append(self._traits.turns_at - (seen - start) or self.window_length)
+                room = self._traits.turns_at - (seen - start)
+                columns.append(room if room > 0 else self._traits.turns_at - self.window_length)
         return min(columns)
 
     def _attention_mask(self, device: torch.device):

@@ -277,6 +277,15 @@ def test_a_history_that_is_not_the_one_seen_is_refused(model, change, reason):
     assert_logits_follow_the_rules(model, outputs, 45)
 
 
+def test_generate_goes_on_after_one_long_pass(model):
+    """Positions of a pass that `prepare` was given whole may lie far beyond those at which keys are turned back."""
+    prompt = random_ids(90)
+    cache = SinkCache.from_model(model, **WINDOW)
+    model(**cache.prepare(prompt[:, :70]))
+    outputs = generate(prompt, model=model, past_key_values=cache, max_new_tokens=20, do_sample=False, **RECORD)
+    assert_logits_follow_the_rules(model, outputs, 90)
+
+
 # ---- where the numbers come from, and what is left behind
 
 
