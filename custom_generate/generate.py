@@ -207,6 +207,9 @@ class ModelTraits:
 # angle at the largest position. The others: the model rounds cosine, sine, both products and their sum.
 ROTATION_TOLERANCE = {torch.float64: 2e-3, torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 
+# The same text at two places may have logits that differ by so much, in standard deviations. Rounding only: deep models add it up.
+LOGITS_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.3, torch.bfloat16: 1.0}
+
 # Held keys are turned back when positions reach twice the window; but in 16 bits, where that costs a rounding, not before here:
 # the float32 angles of such positions are still many times finer than the cosines of the model.
 MIN_TURN_IN_16_BITS = 2**14
@@ -219,7 +222,7 @@ _known_traits: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.Weak
 
 
 def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
-    """Finds out what the cache has to know of a model, by one forward pass over 32 tokens the first time.
+    """Finds out what the cache has to know of a model, by one forward pass over 48 tokens the first time.
 
     Raises:
         ValueError: the rules can't be kept for this model. The message says what stands in the way.
@@ -247,22 +250,24 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
             f"{num_positions // 2}."
         )
 
-    # Ask: pairs of one and the same token, both at one position. A token that sees only itself and its copy goes through all
-    # layers alike wherever it stands, so between two positions its keys differ by what the model does to positions.
+    # Ask: some texts of three tokens, a a b, each at several positions. The first token sees only itself, the second itself and
+    # its copy: they go through all layers alike wherever they stand, so that their keys differ by what the model does to
+    # positions, and by nothing else. The third has to choose what to attend to, and must choose alike wherever the text stands.
     turns_at = max(2 * window_length, MIN_TURN_IN_16_BITS if model.dtype.itemsize == 2 else 0)
     turns_at = min(turns_at, num_positions or turns_at)
-    positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 1, turns_at - 1}))
+    positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 3, turns_at - 3} - {-1}))
     vocab_size = model.get_input_embeddings().weight.shape[0]
     tokens = torch.linspace(0, vocab_size - 1, 6).long()[1:-1]
+    texts = torch.stack([tokens, tokens, tokens.roll(1)], dim=1)
     cache = DynamicCache()
     inputs = {
-        "input_ids": tokens.repeat_interleave(len(positions))[:, None].repeat(1, 2).to(model.device),
-        "position_ids": positions.repeat(len(tokens))[:, None].repeat(1, 2).to(model.device),
+        "input_ids": texts.repeat_interleave(len(positions), dim=0).to(model.device),
+        "position_ids": (positions.repeat(len(tokens))[:, None] + torch.arange(3)).to(model.device),
         "past_key_values": cache,
         "use_cache": True,
         "logits_to_keep": 1,
     }
-    model(**{key: value for key, value in inputs.items() if key in accepted})
+    logits = model(**{key: value for key, value in inputs.items() if key in accepted}).logits
     if len(cache.layers) != len(native_windows) or any(layer.keys is None for layer in cache.layers):
         raise ValueError(f"SinkCache needs the keys and values of every layer, and {name} does not put them into its cache.")
 
@@ -270,16 +275,16 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     layers = []
     for layer, native_window in zip(cache.layers, native_windows):
         rotations = []
-        for states in (layer.keys, layer.values):  # [tokens * positions, heads, 2, head_dim]
+        for states in (layer.keys, layer.values):  # [tokens * positions, heads, 3, head_dim]
             states = states.cpu()
             tolerance = ROTATION_TOLERANCE[states.dtype]
-            rotation = None
-            # The copy must be as the original, or the model counts positions by itself. Deeper layers would only add noise.
-            is_same = Rotation.identity(states.shape[3]).explains(states.transpose(1, 2), torch.zeros(2), tolerance)
-            if layers or is_same:
-                asked = states[:, :, 0].unflatten(0, (len(tokens), len(positions)))
-                candidates = candidate_rotations(states.shape[3], tables)
-                rotation = next((r for r in candidates if r.explains(asked, positions, tolerance)), None)
+            asked = states[:, :, 0].unflatten(0, (len(tokens), len(positions)))
+            candidates = candidate_rotations(states.shape[3], tables)
+            rotation = next((r for r in candidates if r.explains(asked, positions, tolerance)), None)
+            # The copy must be as the original, moved by one, or the model counts positions by itself. Deeper layers only add noise.
+            step = torch.arange(2) if "position_ids" in accepted else torch.zeros(2)
+            if not layers and rotation is not None and not rotation.explains(states[:, :, :2].transpose(1, 2), step, tolerance):
+                rotation = None
             if rotation is None:
                 raise ValueError(
                     f"SinkCache can't keep its rules for {name}: no known rotation explains how the keys of layer {len(layers)} "
@@ -294,6 +299,13 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
             )
         shapes = tuple((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values))
         layers.append(LayerTraits(native_window, tuple(rotations), shapes, layer.keys.dtype, layer.keys.device))
+
+    logits = logits[:, -1].float().unflatten(0, (len(tokens), len(positions)))
+    if (logits - logits[:, :1]).abs().max() > LOGITS_TOLERANCE[model.dtype] * logits.std():
+        raise ValueError(
+            f"SinkCache can't keep its rules for {name} with window_length={window_length}: its logits depend on where a text stands, "
+            "not only on distances (a scale for long texts, for one). A smaller window_length may do."
+        )
 
     is_ordered = all(rotation.is_identity for layer in layers for rotation in layer.rotations)
     max_length = getattr(config, "max_seq_len", None)  # MPT: the length of its table of biases

@@ -5,6 +5,7 @@ import math
 import generate
 import pytest
 import torch
+import transformers
 from checks import assert_same, feed, random_ids
 from families import FAMILIES, ORDERED, build_model
 from generate import Rotation, SinkCache, candidate_rotations
@@ -169,9 +170,29 @@ def test_the_rotation_is_found_in_half_precision(name, dtype):
 
 
 def test_a_model_is_asked_once():
-    """One forward pass over 32 tokens at the first call with a window, none after that."""
+    """One forward pass over 48 tokens at the first call with a window, none after that."""
     model, calls = build_model("llama"), []
     model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True)
     for _ in range(3):
         SinkCache.from_model(model, 16, 4)
-    assert calls == [32]
+    assert calls == [48]
+
+
+def test_scores_that_depend_on_the_position_itself_are_refused():
+    """Ministral 3 and Llama 4 scale queries by their absolute position, from some length on: nothing that shows in the keys."""
+    arguments = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.25, "sliding_window": None}  # fmt: skip
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "llama_4_scaling_beta": 0.5}
+
+    def model(original_length: int):
+        torch.manual_seed(0)
+        parameters = rope | {"original_max_position_embeddings": original_length}
+        config = transformers.Ministral3Config(**arguments, max_position_embeddings=16 * original_length, rope_parameters=parameters)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    with pytest.raises(ValueError, match="logits depend on where a text stands"):
+        SinkCache.from_model(model(original_length=20), 16, 4)
+    input_ids = random_ids()
+    far_enough = model(original_length=128)  # further than positions get
+    cache = SinkCache.from_model(far_enough, 16, 4)
+    assert_same(feed(far_enough, cache, input_ids, [16] + [1] * 64), oracle_logits(far_enough, input_ids, 16, 4))
