@@ -29,7 +29,14 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 DEFAULT_WINDOW_LENGTH = 256
 DEFAULT_NUM_SINK_TOKENS = 4
@@ -158,9 +165,9 @@ def candidate_rotations(head_dim: int, tables: list[torch.Tensor]):
     for inv_freq in tables:
         num_pairs = len(inv_freq)
         index = torch.arange(num_pairs)
+        if 2 * num_pairs > head_dim:
+            continue  # the table of other, wider heads
         for offset in sorted({0, head_dim - 2 * num_pairs}):
-            if offset < 0:
-                continue
             halves = offset + index, offset + index + num_pairs
             interleaved = offset + 2 * index, offset + 2 * index + 1
             for first, second in (halves, interleaved, halves[::-1], interleaved[::-1]):
@@ -190,16 +197,17 @@ class LayerTraits:
 class ModelTraits:
     """What the cache has to know of a model.
 
-    `turns_at`: the position at which held keys are turned back. `num_positions`: positions from here on are not computed as those
+    `layers`: None for a layer that holds no keys (a recurrent or convolutional state, or another layer's keys). `turns_at`: the position at which held keys are turned back. `num_positions`: positions from here on are not computed as those
     below (None: no such limit). `is_ordered`: scores depend on
     the order in which keys are handed out and on nothing else (ALiBi, no positions at all). `layer_types`: one name a layer
     where the model takes one mask for each type of layer, else None.
     """
 
-    layers: tuple[LayerTraits, ...]
+    layers: tuple[LayerTraits | None, ...]
     turns_at: int
     num_positions: int | None
     is_ordered: bool
+    is_recurrent: bool
     layer_types: tuple[str, ...] | None
 
 
@@ -208,7 +216,7 @@ class ModelTraits:
 ROTATION_TOLERANCE = {torch.float64: 2e-3, torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 
 # The same text at two places may have logits that differ by so much, in standard deviations. Rounding only: deep models add it up.
-LOGITS_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.3, torch.bfloat16: 1.0}
+LOGITS_TOLERANCE = {torch.float64: 3e-4, torch.float32: 3e-4, torch.float16: 0.3, torch.bfloat16: 1.0}
 
 # Held keys are turned back when positions reach twice the window; but in 16 bits, where that costs a rounding, not before here:
 # the float32 angles of such positions are still many times finer than the cosines of the model.
@@ -222,7 +230,7 @@ _known_traits: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.Weak
 
 
 def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
-    """Finds out what the cache has to know of a model, by one forward pass over 48 tokens the first time.
+    """Finds out what the cache has to know of a model, by one forward pass over 24 tokens (30 in 16 bits) the first time.
 
     Raises:
         ValueError: the rules can't be kept for this model. The message says what stands in the way.
@@ -240,7 +248,6 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     if model.config.is_encoder_decoder:
         raise ValueError(f"SinkCache serves decoder-only models, and {name} is an encoder-decoder model.")
     config = model.config.get_text_config(decoder=True)
-    native_windows = _native_windows(name, config)
     accepted = inspect.signature(model.forward).parameters
     num_positions = _num_positions(model, config) if "position_ids" in accepted else None
     if num_positions is not None and 2 * window_length > num_positions:
@@ -256,38 +263,48 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     turns_at = max(2 * window_length, MIN_TURN_IN_16_BITS if model.dtype.itemsize == 2 else 0)
     turns_at = min(turns_at, num_positions or turns_at)
     positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 3, turns_at - 3} - {-1}))
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.linspace(0, vocab_size - 1, 6).long()[1:-1]
-    texts = torch.stack([tokens, tokens, tokens.roll(1)], dim=1)
-    cache = DynamicCache()
-    inputs = {
-        "input_ids": texts.repeat_interleave(len(positions), dim=0).to(model.device),
-        "position_ids": (positions.repeat(len(tokens))[:, None] + torch.arange(3)).to(model.device),
-        "past_key_values": cache,
-        "use_cache": True,
-        "logits_to_keep": 1,
-    }
-    logits = model(**{key: value for key, value in inputs.items() if key in accepted}).logits
-    if len(cache.layers) != len(native_windows) or any(layer.keys is None for layer in cache.layers):
-        raise ValueError(f"SinkCache needs the keys and values of every layer, and {name} does not put them into its cache.")
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"SinkCache can't bound {name}: its layers with chunked attention need masks of another kind.")
+    try:
+        cache = DynamicCache(config=config)
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        tokens = torch.tensor([vocab_size // 3, 2 * vocab_size // 3])
+        texts = torch.stack([tokens, tokens, tokens.roll(1)], dim=1).repeat_interleave(len(positions), dim=0)
+        ask = functools.partial(_ask, model, texts.to(model.device), positions.repeat(len(tokens))[:, None] + torch.arange(3))
+        own_layers = cache.layers
+        # Recurrent states need the layers of their own; keys are compared, and must not be cut to a native window.
+        is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in own_layers)
+        cache = cache if is_recurrent or DummyLayer in map(type, own_layers) else DynamicCache()
+        logits = ask(cache, slice(0, 3))
+    except Exception as error:
+        raise ValueError(
+            f"SinkCache can't keep its rules for {name}: a first look at how it caches keys failed ({type(error).__name__}: {error})."
+        ) from error
+    native_windows = _native_windows(name, own_layers)
+    holds_keys = [index for index, window in enumerate(native_windows) if window != NO_KEYS]
+    if len(cache.layers) != len(native_windows) or any(cache.layers[index].keys is None for index in holds_keys) or not holds_keys:
+        raise ValueError(f"SinkCache needs the keys and values of attention layers, and {name} does not put them into its cache.")
 
     tables = _inverse_frequencies(model, config)
-    layers = []
-    for layer, native_window in zip(cache.layers, native_windows):
+    layers: list[LayerTraits | None] = [None] * len(native_windows)
+    for index in holds_keys:
+        layer = cache.layers[index]
         rotations = []
         for states in (layer.keys, layer.values):  # [tokens * positions, heads, 3, head_dim]
             states = states.cpu()
-            tolerance = ROTATION_TOLERANCE[states.dtype]
-            asked = states[:, :, 0].unflatten(0, (len(tokens), len(positions)))
-            candidates = candidate_rotations(states.shape[3], tables)
-            rotation = next((r for r in candidates if r.explains(asked, positions, tolerance)), None)
+            tolerance = ROTATION_TOLERANCE.get(states.dtype, 0.0)
+            rotation = None
+            if states.shape[0] == len(texts) and states.shape[2] <= 3:
+                asked = states[:, :, 0].unflatten(0, (len(tokens), len(positions)))
+                candidates = candidate_rotations(states.shape[3], tables)
+                rotation = next((r for r in candidates if r.explains(asked, positions, tolerance)), None)
             # The copy must be as the original, moved by one, or the model counts positions by itself. Deeper layers only add noise.
-            step = torch.arange(2) if "position_ids" in accepted else torch.zeros(2)
-            if not layers and rotation is not None and not rotation.explains(states[:, :, :2].transpose(1, 2), step, tolerance):
-                rotation = None
+            if index == 0 and rotation is not None and not is_recurrent:
+                step = torch.arange(2) if "position_ids" in accepted else torch.zeros(2)
+                rotation = rotation if rotation.explains(states[:, :, :2].transpose(1, 2), step, tolerance) else None
             if rotation is None:
                 raise ValueError(
-                    f"SinkCache can't keep its rules for {name}: no known rotation explains how the keys of layer {len(layers)} "
+                    f"SinkCache can't keep its rules for {name}: no known rotation explains how the keys of layer {index} "
                     "change with their position. It has absolute or learned position embeddings, or a rotation of its own."
                     + (" The model is in training mode: if it has dropout, call `model.eval()` first." if model.training else "")
                 )
@@ -298,38 +315,77 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
                 "model.to(dtype)."
             )
         shapes = tuple((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values))
-        layers.append(LayerTraits(native_window, tuple(rotations), shapes, layer.keys.dtype, layer.keys.device))
+        layers[index] = LayerTraits(native_windows[index], tuple(rotations), shapes, layer.keys.dtype, layer.keys.device)
 
-    logits = logits[:, -1].float().unflatten(0, (len(tokens), len(positions)))
-    if (logits - logits[:, :1]).abs().max() > LOGITS_TOLERANCE[model.dtype] * logits.std():
+    by_text = logits[:, -1].float().unflatten(0, (len(tokens), len(positions)))
+    if (by_text - by_text[:, :1]).abs().max() > LOGITS_TOLERANCE[model.dtype] * by_text.std():
         raise ValueError(
             f"SinkCache can't keep its rules for {name} with window_length={window_length}: its logits depend on where a text stands, "
             "not only on distances (a scale for long texts, for one). A smaller window_length may do."
         )
-
-    is_ordered = all(rotation.is_identity for layer in layers for rotation in layer.rotations)
-    max_length = getattr(config, "max_seq_len", None)  # MPT: the length of its table of biases
-    if is_ordered and max_length is not None and window_length > max_length:
-        raise ValueError(f"window_length={window_length} is too long for {name}: its position biases end at {max_length}.")
-    layer_types = getattr(config, "layer_types", None)
-    return ModelTraits(tuple(layers), turns_at, num_positions, is_ordered, layer_types and tuple(layer_types))
-
-
-def _native_windows(name: str, config) -> list[int | None]:
-    """The sliding window of each layer (None: full attention), as transformers' own cache for this model would have it."""
-    layers = DynamicCache(config=config).layers
-    layer_types = getattr(config, "layer_types", None) or [""] * len(layers)
-    windows = []
-    for index, (layer, layer_type) in enumerate(zip(layers, layer_types)):
-        if type(layer) is DynamicLayer:
-            windows.append(None)
-        elif type(layer) is DynamicSlidingWindowLayer and "chunked" not in layer_type:
-            windows.append(layer.sliding_window)
-        else:
+    if is_recurrent:
+        in_two_passes = DynamicCache(config=config)
+        ask(in_two_passes, slice(0, 1))
+        if (ask(in_two_passes, slice(1, 3))[:, -1] - logits[:, -1]).abs().max() > 10 * LOGITS_TOLERANCE[model.dtype] * logits.std():
             raise ValueError(
-                f"SinkCache serves layers with full or sliding-window attention, and layer {index} of {name} keeps another kind "
-                f"of state ({layer_type or type(layer).__name__})."
+                f"SinkCache can't keep its rules for {name}: in this release of transformers its recurrent layers forget their state in a "
+                "pass of several tokens, so that a prompt can't be fed in chunks."
             )
+
+    has_rotation = any(not rotation.is_identity for layer in layers if layer for rotation in layer.rotations)
+    if is_recurrent and not has_rotation:
+        flipped = copy.deepcopy(cache)
+        for index in holds_keys:
+            flipped.layers[index].keys = flipped.layers[index].keys.flip(2)
+            flipped.layers[index].values = flipped.layers[index].values.flip(2)
+        change = ask(cache, slice(2, 3)) - ask(flipped, slice(2, 3))
+        if change.abs().max() > LOGITS_TOLERANCE[model.dtype] * logits.std():
+            raise ValueError(f"SinkCache can't keep its rules for {name}: its scores depend on the order in which keys are cached.")
+    lengths = {"max_seq_len": "its position biases end there", "keep_window_size": "it chooses among keys from there on"}
+    for option, reason in lengths.items():  # MPT; Doge
+        length = getattr(config, option, None)
+        if length is not None and window_length > length and not (option == "max_seq_len" and has_rotation):
+            raise ValueError(f"window_length={window_length} is too long for {name} ({option}={length}): {reason}.")
+    layer_types = getattr(config, "layer_types", None)
+    return ModelTraits(
+        layers=tuple(layers),
+        turns_at=turns_at,
+        num_positions=num_positions,
+        is_ordered=not has_rotation and not is_recurrent,
+        is_recurrent=is_recurrent,
+        layer_types=tuple(layer_types) if layer_types else None,
+    )
+
+
+def _ask(model, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: DynamicCache, columns: slice) -> torch.Tensor:
+    """Logits `[rows, columns or 1, vocab]` of these columns of texts, which go into the cache."""
+    inputs = {
+        "input_ids": input_ids[:, columns],
+        "position_ids": position_ids[:, columns].to(input_ids.device),
+        "past_key_values": cache,
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
+    accepted = inspect.signature(model.forward).parameters
+    return model(**{name: value for name, value in inputs.items() if name in accepted}).logits
+
+
+# In place of the length of a native window.
+NO_KEYS = "no keys"
+
+
+def _native_windows(name: str, layers: list) -> list[int | str | None]:
+    """The sliding window of each layer of a model's own cache: None for full attention, `NO_KEYS` for a layer without keys."""
+    windows = []
+    for index, layer in enumerate(layers):
+        if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+            windows.append(None)
+        elif type(layer) in (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+            windows.append(layer.sliding_window)
+        elif type(layer) in (LinearAttentionLayer, DummyLayer):
+            windows.append(NO_KEYS)
+        else:
+            raise ValueError(f"SinkCache can't bound layer {index} of {name}: it keeps another kind of state ({type(layer).__name__}).")
     return windows
 
 
@@ -359,9 +415,12 @@ def _num_positions(model: torch.nn.Module, config) -> int | None:
             for each in [parameters, *parameters.values()]:
                 if isinstance(each, dict) and "original_max_position_embeddings" in each:
                     limits.append(each["original_max_position_embeddings"])
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("llama_4_scaling_beta"):  # Ministral 3: queries are scaled from there on
+        limits.append(parameters["original_max_position_embeddings"])
     if not any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
-        limits.append(config.max_position_embeddings)  # tables of that length
-    return min(limits, default=None)
+        limits.append(getattr(config, "max_position_embeddings", None))  # tables of that length
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -638,14 +697,14 @@ class States:
 class LayerGroup:
     """The states of all layers that are alike: same window, rotations, shapes, dtype and device."""
 
-    def __init__(self, window: Window, traits: LayerTraits, num_layers: int):
-        self.window, self.traits, self.num_layers = window, traits, num_layers
+    def __init__(self, window: Window, traits: LayerTraits, layers: list[int]):
+        self.window, self.traits, self.layers = window, traits, layers
         self.states: tuple[States, ...] = ()
         self.record_past = False
 
     def allocate(self, batch_size: int) -> None:
         self.states = tuple(
-            States(self.window, (self.num_layers, batch_size, *shape), rotation, self.traits.dtype, self.traits.device)
+            States(self.window, (len(self.layers), batch_size, *shape), rotation, self.traits.dtype, self.traits.device)
             for shape, rotation in zip(self.traits.shapes, self.traits.rotations)
         )
 
@@ -704,11 +763,19 @@ class SinkLayer:
         return self.group.states[1].slots[self.index] if self.group.states else None
 
 
+class RecurrentSinkLayer(SinkLayer, LinearAttentionLayer):
+    """A layer that has both, keys and values and a recurrent or convolutional state of transformers' own."""
+
+    def __init__(self, group: LayerGroup, index: int, is_sliding: bool, number_of_states: int):
+        SinkLayer.__init__(self, group, index, is_sliding)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+
 class SinkCache(Cache):
     """A key/value cache that holds the first `num_sink_tokens` and the most recent tokens, `window_length` in all.
 
     A layer whose native sliding window is not longer than `window_length` keeps that window as it is, without sinks: the model
-    was trained so. Every other layer gets sinks and window.
+    was trained so. Every other attention layer gets sinks and window. Recurrent and convolutional states stay as they are.
 
     To move the sinks, the cache has to know how the model encodes positions. `generate` tells it; in a loop of one's own,
 
@@ -763,7 +830,9 @@ class SinkCache(Cache):
     @property
     def num_bytes_held(self) -> int:
         """Bytes of all tensors of the cache."""
-        return sum(states.num_bytes for states in self._states) + (0 if self._token_ids is None else self._token_ids.nbytes)
+        own = [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
+        recurrent = [t for layer in own for t in (*layer.conv_states.values(), *layer.recurrent_states.values()) if t is not None]
+        return sum(states.num_bytes for states in self._states) + sum(t.nbytes for t in recurrent) + (0 if self._token_ids is None else self._token_ids.nbytes)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, as for every cache of transformers: what `generate` continues from."""
@@ -773,7 +842,7 @@ class SinkCache(Cache):
         """Tokens held at most: by any layer, or by the given one."""
         if layer_idx is None or not self.layers:
             return self.window_length
-        return self.layers[layer_idx].group.window.length
+        return self._window_at(layer_idx).length
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
         """`get_max_length` under its name before transformers 5."""
@@ -833,9 +902,10 @@ class SinkCache(Cache):
                     "a new one with SinkCache.from_model(model, ...)."
                 )
             return
-        windows = [self._window_of(layer) for layer in traits.layers]
-        mask_names = traits.layer_types or [None] * len(windows)
-        if not traits.is_ordered and len(set(zip(mask_names, windows))) > len(set(mask_names)):
+        windows = [layer and self._window_of(layer) for layer in traits.layers]
+        mask_names = traits.layer_types or ["" if window else None for window in windows]
+        masks = {(name, window) for name, window in zip(mask_names, windows) if window is not None}
+        if not traits.is_ordered and len(masks) > len({name for name, _ in masks}):
             raise ValueError(
                 f"SinkCache gives one mask to all layers of a type, and layers of {type(model).__name__} that share a mask have windows of "
                 "different lengths."
@@ -847,15 +917,24 @@ class SinkCache(Cache):
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         members: dict[tuple, list[int]] = {}
         for index, (layer, window) in enumerate(zip(traits.layers, windows)):
-            keeps_native = layer.native_window == window.length
-            alike = (window, keeps_native, layer.shapes, layer.dtype, layer.device, *(r.fingerprint for r in layer.rotations))
-            members.setdefault(alike, []).append(index)
-        layers = {}
-        for (window, keeps_native, *_), indices in members.items():
-            group = LayerGroup(window, traits.layers[indices[0]], len(indices))
-            self._groups.append(group)
-            layers |= {i: SinkLayer(group, n, is_sliding=keeps_native) for n, i in enumerate(indices)}
-        self.layers = [layers[index] for index in sorted(layers)]
+            if layer is not None:
+                keeps_native = layer.native_window == window.length
+                alike = (window, keeps_native, layer.shapes, layer.dtype, layer.device, *(r.fingerprint for r in layer.rotations))
+                members.setdefault(alike, []).append(index)
+        self._groups = [LayerGroup(alike[0], traits.layers[indices[0]], indices) for alike, indices in members.items()]
+        self._make_layers()
+
+    def _make_layers(self) -> None:
+        """One object a layer: ours for its keys and values, transformers' own for any other state."""
+        layers = DynamicCache(config=self._config).layers
+        for group in self._groups:
+            for number, index in enumerate(group.layers):
+                is_sliding = self._traits.layers[index].native_window == group.window.length
+                if isinstance(layers[index], LinearAttentionLayer):
+                    layers[index] = RecurrentSinkLayer(group, number, is_sliding, layers[index].number_of_states)
+                else:
+                    layers[index] = SinkLayer(group, number, is_sliding)
+        self.layers = layers
 
     def _window_of(self, layer: LayerTraits) -> Window:
         keeps_native = layer.native_window is not None and layer.native_window <= self.window_length
@@ -920,7 +999,7 @@ class SinkCache(Cache):
         keys, values = layer.group.states
         held = keys.update(layer.index, key_states), values.update(layer.index, value_states)
         current.layers_done.add(layer_idx)
-        if len(current.layers_done) == len(self.layers):
+        if len(current.layers_done) == sum(len(group.layers) for group in self._groups):
             self._finish(current)
         return held
 
@@ -954,6 +1033,8 @@ class SinkCache(Cache):
             reason = f"{num_columns} tokens at once go past the window of {length}, and need a mask of their own"
         elif self._traits.is_ordered:
             reason = "the scores of this model depend on the order of the keys, which it takes from the mask"
+        elif self._traits.is_recurrent:
+            reason = "the recurrent layers of this model are told by `prepare` what is padding, and positions by nobody else"
         elif any(self._base):
             reason = "the keys so far stand at positions that `prepare` chose"
         elif num_after > min(self._traits.num_positions or MAX_EXACT_POSITION, MAX_EXACT_POSITION):
@@ -977,7 +1058,7 @@ class SinkCache(Cache):
         if self._pass is not None and self._pass.layers_done and not self._pass.can_be_repeated:
             raise ValueError(
                 f"The last pass was interrupted after {len(self._pass.layers_done)} of {len(self.layers)} layers, when some had "
-                "already let go of evicted tokens. Call reset(), or go on from a copy that was made before."
+                "already let go of what a second try needs. Call reset(), or go on from a copy that was made before."
             )
         if self._batch_size not in (-1, batch_size):
             raise ValueError(f"This cache holds {self._batch_size} rows, and {batch_size} are passed. Pass as many, or a new cache.")
@@ -1014,7 +1095,7 @@ class SinkCache(Cache):
         for states in self._states:
             states.begin(steps[states.window], self._is_recording)
         num_seen_after = [seen + new for seen, new in zip(num_seen, num_new)]
-        self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated=not evicts)
+        self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated=not evicts and not self._traits.is_recurrent)
 
     def _positions_back(self, num_seen: list[int], num_seen_after: list[int], base: list[int]) -> list[int]:
         """By how much the positions of each row are lowered before a pass: rarely, and then to `window_length`.
@@ -1051,19 +1132,41 @@ class SinkCache(Cache):
             step = steps[self._window]
             held = step.is_held.long()
             return held.expand(self._batch_size, -1).to(device)
-        if all(steps[group.window].is_causal for group in self._groups):
+        padding = self._padding(device)
+        if all(steps[group.window].is_causal for group in self._groups) and (padding is None or not self._traits.is_recurrent):
             return None
         masks = {}
-        for layer_idx, layer in enumerate(self.layers):
-            layer_type = self._traits.layer_types[layer_idx] if self._traits.layer_types else None
-            if layer_type not in masks:
-                visible = steps[layer.group.window].visible()[:, None].to(device)
-                if self._config._attn_implementation != "sdpa":  # eager adds it to the scores
-                    dtype = layer.group.traits.dtype
-                    lowest = torch.finfo(dtype).min
-                    visible = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, lowest)
-                masks[layer_type] = visible.expand(self._batch_size, -1, -1, -1)
+        for group in self._groups:
+            visible = steps[group.window].visible()[:, None].to(device)
+            if self._config._attn_implementation != "sdpa":  # eager adds it to the scores
+                dtype = group.traits.dtype
+                lowest = torch.finfo(dtype).min
+                visible = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, lowest)
+            names = [self._traits.layer_types[index] for index in group.layers] if self._traits.layer_types else [None]
+            masks |= dict.fromkeys(names, visible.expand(self._batch_size, -1, -1, -1))
+        if self._traits.is_recurrent:
+            # Under all names under which these models look for them.
+            full = next((masks[name] for name in (None, "full_attention", "hybrid") if name in masks), None)
+            sliding = next((masks[name] for name in ("sliding_attention", "hybrid_sliding") if name in masks), None)
+            return masks | {
+                "full_attention": full,
+                "hybrid": full,
+                "sliding_attention": sliding,
+                "hybrid_sliding": sliding,
+                "linear_attention": padding,
+                "conv": padding,
+            }
         return masks if self._traits.layer_types else masks[None]
+
+    def _padding(self, device: torch.device) -> torch.Tensor | None:
+        """The mask of the columns of this pass, `[batch, num_columns]`; None if none is padding."""
+        num_columns, num_seen_after = self._pass.num_columns, self._pass.num_seen_after
+        num_new = [after - seen for after, seen in zip(num_seen_after, self._num_seen)]
+        if min(num_new) == num_columns:
+            return None
+        column = torch.arange(num_columns, device=device)
+        mask = column >= num_columns - torch.tensor(num_new, device=device)[:, None]
+        return mask.long().expand(self._batch_size, -1)
 
     def _position_ids(self, device: torch.device) -> torch.Tensor:
         """`[batch, num_columns]`: token numbers less the base of the row; padding stands at 0."""
@@ -1082,8 +1185,7 @@ class SinkCache(Cache):
         `query_length` is what it says, or the positions of the queries (before transformers 5).
         """
         num_columns = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
-        self._require_model()
-        window = self.layers[layer_idx].group.window
+        window = self._window_at(layer_idx)
         if self._pass is not None and not self._pass.layers_done:
             return self._pass.steps[window].kv_length, 0
         self._check_unprepared(num_columns)
@@ -1091,11 +1193,24 @@ class SinkCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Where the queries of a pass stand among the keys they are handed: at their end."""
-        self._require_model()
-        window = self.layers[layer_idx].group.window
+        window = self._window_at(layer_idx)
         if self._pass is not None and not self._pass.layers_done:
             return self._pass.steps[window].kv_length - self._pass.num_columns
         return min(self.num_tokens_seen, window.length - 1)
+
+    def _window_at(self, layer_idx: int) -> Window:
+        """The window of a layer; for one without keys, that of the first which has some, as for the caches of transformers."""
+        self._require_model()
+        layer = self.layers[layer_idx]
+        return layer.group.window if isinstance(layer, SinkLayer) else self._groups[0].window
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [isinstance(layer, LinearAttentionLayer) and not isinstance(layer, SinkLayer) for layer in self.layers]
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._batch_size != -1
 
     # Which tokens it holds
 
@@ -1134,6 +1249,8 @@ class SinkCache(Cache):
         self._token_log: list[tuple] = []
         for group in self._groups:
             group.states, group.record_past = (), False
+        if self._traits is not None:
+            self._make_layers()
 
     def _select_rows(self, index: torch.Tensor) -> None:
         if self._batch_size == -1:
@@ -1143,6 +1260,9 @@ class SinkCache(Cache):
             self._num_seen, self._base = [self._num_seen[row] for row in rows], [self._base[row] for row in rows]
         for states in self._states:
             states.select_rows(index)
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                LinearAttentionLayer.reorder_cache(layer, index)
         if self._token_ids is not None:
             self._token_ids = self._token_ids.index_select(0, index.to(self._token_ids.device))
         self._batch_size = len(index)
@@ -1180,6 +1300,8 @@ class SinkCache(Cache):
         """
         removed = -num_tokens if num_tokens <= 0 else max(0, self.num_tokens_seen - num_tokens)
         num_left = [seen - removed for seen in self._num_seen]
+        if removed and self._traits is not None and self._traits.is_recurrent:
+            raise ValueError(f"Can't take back {removed} tokens: this model has recurrent states, and they can't be turned back.")
         if removed and min(num_left) < 0:
             raise ValueError(f"Can't take back {removed} tokens: a row of the cache has seen only {min(self._num_seen)}.")
         for group in self._groups if removed else ():

@@ -5,22 +5,30 @@ model itself computes when it runs them at those positions. Token by token: for 
 d .. d+S-1, d = t-W+1, in a fresh cache; their keys and values are put in front of the last W-S-1 stored ones; and token t is run
 at position t on that. The keys of the window are never touched, and no rotation is computed here.
 
-A layer with a native window of at most W sees its last tokens only, and no sinks.
+A layer with a native window of at most W sees its last tokens only, and no sinks. A recurrent state goes on from token to token.
+Each token gets a cache of transformers' own layers, so the model makes its masks by itself.
 """
 
 import inspect
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 # Largest difference from the oracle that counts as equal, in standard deviations of the logits.
 TOLERANCE = 1e-3
 
 
-def native_windows(model) -> list[int | None]:
+def own_layers(model, window_length: int) -> list:
+    """The layers of the model's own cache, full attention in place of native windows that are longer than the window."""
     layers = DynamicCache(config=model.config).layers
-    return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in layers]
+    return [DynamicLayer() if getattr(layer, "sliding_window", 0) > window_length else layer for layer in layers]
+
+
+def cache_of(layers: list) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers, cache.layer_class_to_replicate = layers, None
+    return cache
 
 
 @torch.no_grad()
@@ -32,44 +40,45 @@ def oracle_logits(
     `sinks` (other tokens in their place) and `shift=False` (sinks left where they were) make a wrong oracle on purpose.
     """
     assert input_ids.shape[0] == 1
-    windows = native_windows(model)
     has_positions = "position_ids" in inspect.signature(model.forward).parameters
     first = input_ids[:, :num_sink_tokens] if sinks is None else sinks
-    stored: list[list[tuple]] = [[] for _ in windows]  # keys and values of each token, by layer
+    num_recent = window_length - num_sink_tokens - 1
+    layers = own_layers(model, window_length)
+    stored: list[list[tuple]] = [[] for _ in layers]  # keys and values of each token, by layer
 
-    def run(ids, position, cache, **kwargs):
-        if has_positions:
-            kwargs["position_ids"] = torch.arange(position, position + ids.shape[1])[None]
-        return model(ids, past_key_values=cache, use_cache=True, **kwargs).logits
+    def run(ids: torch.Tensor, position: int, cache: DynamicCache) -> torch.Tensor:
+        positions = {"position_ids": torch.arange(position, position + ids.shape[1])[None]} if has_positions else {}
+        return model(ids, past_key_values=cache, use_cache=True, **positions).logits
+
+    def last(states: list, num: int) -> list:
+        return states[-num:] if num else []
 
     logits = []
     for token in range(input_ids.shape[1]):
         is_full = token >= window_length
-        sink_cache = DynamicCache()
         if is_full and num_sink_tokens:
+            sink_cache = cache_of(own_layers(model, window_length))
             run(first, token - window_length + 1 if shift else 0, sink_cache)
-        cache = DynamicCache()
-        for layer, window in enumerate(windows):
-            if window is not None and window <= window_length:
-                kept = stored[layer][-(window - 1) :] if window > 1 else []
-            elif not is_full:
-                kept = stored[layer]
-            else:
-                num_recent = window_length - num_sink_tokens - 1
-                kept = stored[layer][-num_recent:] if num_recent else []
+        before, layers = layers, own_layers(model, window_length)
+        for index, layer in enumerate(layers):
+            if isinstance(layer, LinearAttentionCacheLayerMixin):  # the state goes on; with keys of its own layer, if it has any
+                state = {name: value for name, value in vars(before[index]).items() if name not in vars(DynamicLayer())}
+                vars(layer).update({name: value for name, value in state.items() if name not in ("cumulative_length", "sliding_window")})
+            if not stored[index]:
+                continue
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                kept = last(stored[index], layer.sliding_window - 1)
+            elif is_full:
+                kept = last(stored[index], num_recent)
                 if num_sink_tokens:
-                    kept = [(sink_cache.layers[layer].keys, sink_cache.layers[layer].values), *kept]
+                    kept = [(sink_cache.layers[index].keys, sink_cache.layers[index].values), *kept]
+            else:
+                kept = stored[index]
             if kept:
-                cache.update(torch.cat([k for k, _ in kept], 2), torch.cat([v for _, v in kept], 2), layer)
-        lengths = [cache.layers[i].keys.shape[2] if i < len(cache.layers) else 0 for i in range(len(windows))]
-        masks = {}
-        if len(set(lengths)) > 1:  # each type of layer needs a mask of its own length: all visible
-            types = model.config.layer_types
-            bias = {"eager": torch.zeros, "sdpa": lambda *size: torch.ones(*size, dtype=torch.bool)}
-            make = bias[model.config._attn_implementation]
-            masks["attention_mask"] = {types[i]: make(1, 1, 1, lengths[i] + 1) for i in range(len(windows))}
-        logits.append(run(input_ids[:, token : token + 1], token, cache, **masks))
-        for layer in range(len(windows)):
-            held = cache.layers[layer]
-            stored[layer].append((held.keys[:, :, -1:], held.values[:, :, -1:]))
+                layer.update(torch.cat([keys for keys, _ in kept], 2), torch.cat([values for _, values in kept], 2))
+        logits.append(run(input_ids[:, token : token + 1], token, cache_of(layers)))
+        for index, layer in enumerate(layers):
+            if getattr(layer, "keys", None) is not None and layer.keys.numel():
+                # a window of one token keeps none
+                stored[index].append((layer.keys[:, :, -1:], layer.values[:, :, -1:]))
     return torch.cat(logits, dim=1)

@@ -111,7 +111,7 @@ SPECIAL: dict[str, dict] = {
     "gpt_neo": {"attention_types": [[["global", "local"], NUM_LAYERS // 2]], "window_size": NATIVE_WINDOW},
     "modernbert-decoder": {"local_attention": 2 * NATIVE_WINDOW},  # counts both sides
     "recurrent_gemma": {"attention_window_size": NATIVE_WINDOW, "block_types": ["recurrent", "attention"]},
-    # Queries that are scaled by their position: from the 33rd on, which is beyond twice a window of the tests
+    # Queries that are scaled by their position: from the 33rd on, or beyond the stream of the tests
     "inkling2_text": {"sliding_window_size": NATIVE_WINDOW, "log_scaling_n_floor": 32},
     "inkling_text": {"sliding_window_size": NATIVE_WINDOW, "log_scaling_n_floor": 32},
     "llama4_text": {"attention_chunk_size": NATIVE_WINDOW, "floor_scale": 33, "no_rope_layer_interval": 2},
@@ -120,7 +120,7 @@ SPECIAL: dict[str, dict] = {
             "rope_type": "yarn",
             "rope_theta": 10000.0,
             "factor": 16.0,
-            "original_max_position_embeddings": 32,
+            "original_max_position_embeddings": 512,
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
             "llama_4_scaling_beta": 0.1,

@@ -1,0 +1,92 @@
+"""Every type in transformers' causal-LM mapping gets a verdict, found by running it: exact, or refused with a reason.
+
+There is no third. A model that loads and gives other logits than the oracle, or fails in another way than by a ValueError at the
+door, is a bug here. `scripts/compatibility.py` writes the verdicts into the README.
+"""
+
+import generate as generate_module
+import pytest
+import torch
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
+from generate import Rotation, SinkCache, generate
+from oracle import TOLERANCE, oracle_logits
+from zoo import LEFT_OUT, ZOO_TYPES, build_zoo_model
+
+TYPES = [name for name in ZOO_TYPES if name not in LEFT_OUT]
+
+
+def traits_or_refusal(model):
+    """What the cache knows of a model, or the message with which it refuses it."""
+    try:
+        return SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)._traits
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_exact_or_refused(model_type):
+    """Singles, chunks over every edge, and a left-padded batch with rows before, at and past the edge: the oracle's logits."""
+    model = build_zoo_model(model_type)
+    traits = traits_or_refusal(model)
+    if isinstance(traits, str):
+        assert type(model).__name__ in traits, "a refusal names the model"
+        with pytest.raises(ValueError):  # and generate refuses it too, before the first token
+            generate(random_ids(5), model=model, max_new_tokens=2)
+        return
+
+    input_ids = random_ids()
+    expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    others = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS, sinks=random_ids(NUM_SINK_TOKENS, seed=9))
+    has_sinks = any(layer is not None and layer.native_window != 6 for layer in traits.layers)
+    assert difference(others, expected) > 100 * TOLERANCE or not has_sinks, "the comparison would mean nothing"
+    splits = [[9, 7] + [1] * 64] if traits.is_ordered else [[1] * 80, [3, 30, 1, 1, 40, 5]]
+    for sizes in splits:
+        cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+        assert_same(feed(model, cache, input_ids, sizes), expected)
+
+    prompts = [input_ids[:, 5 : 5 + length] for length in (30, 2, 19)]
+    ids, mask = left_padded(prompts)
+    cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    feed(model, cache, ids, [16] + [1] * 14 if traits.is_ordered else [30], mask)
+    logits = feed(model, cache, input_ids[:, 50:].expand(3, -1), [1] * 30 if traits.is_ordered else [1] * 10 + [9] + [1] * 11)
+    for row, prompt in enumerate(prompts):
+        alone = torch.cat([prompt, input_ids[:, 50:]], dim=1)
+        expected = oracle_logits(model, alone, WINDOW_LENGTH, NUM_SINK_TOKENS)
+        assert_same(logits[row : row + 1], expected[:, prompt.shape[1] :])
+
+
+def test_few_are_left_out():
+    assert set(LEFT_OUT) < set(ZOO_TYPES) and len(LEFT_OUT) < 12
+    assert all(LEFT_OUT.values())
+
+
+WRONG = {
+    "other pairs": lambda r: Rotation(r.frequency, r.partner.roll(1)),
+    "other direction": lambda r: Rotation(-r.frequency, r.partner),
+    "other table": lambda r: Rotation(r.frequency * 0.9, r.partner),
+    "one pair of another table": lambda r: Rotation(r.frequency * (r.frequency.abs() != r.frequency.abs().max()), r.partner),
+}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_model_itself_rejects_another_rotation(model_type, monkeypatch):
+    """The check can't be fooled: with wrong rotations in place of the right ones, nothing is accepted."""
+    model = build_zoo_model(model_type)
+    traits = traits_or_refusal(model)
+    if isinstance(traits, str):
+        pytest.skip("refused")
+    rotations = {r.fingerprint: r for layer in traits.layers if layer for r in layer.rotations if not r.is_identity}
+    if not rotations:
+        pytest.skip("no rotation")
+    for wrong in WRONG.values():
+        candidates = [wrong(rotation) for rotation in rotations.values()]
+        identities = {layer.shapes[i][1] for layer in traits.layers if layer for i in range(2)}
+        monkeypatch.setattr(
+            generate_module,
+            "candidate_rotations",
+            lambda head_dim, tables: [Rotation.identity(head_dim)] * (head_dim in identities)
+            + [r for r in candidates if len(r.frequency) == head_dim],
+        )
+        generate_module._known_traits.clear()
+        assert "no known rotation" in traits_or_refusal(model)
+    generate_module._known_traits.clear()
