@@ -21,6 +21,7 @@ The file is three ideas, each a small thing that can be read by itself, and what
 Nothing here opens a file or a connection, changes anything global, or leaves anything on the model.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -265,22 +266,19 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 3, turns_at - 3} - {-1}))
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(f"SinkCache can't bound {name}: its layers with chunked attention need masks of another kind.")
-    try:
-        cache = DynamicCache(config=config)
+    with _first_look(name):
+        own_layers = DynamicCache(config=config).layers
+    native_windows = _native_windows(name, own_layers)
+    with _first_look(name):
         vocab_size = model.get_input_embeddings().weight.shape[0]
         tokens = torch.tensor([vocab_size // 3, 2 * vocab_size // 3])
         texts = torch.stack([tokens, tokens, tokens.roll(1)], dim=1).repeat_interleave(len(positions), dim=0)
         ask = functools.partial(_ask, model, texts.to(model.device), positions.repeat(len(tokens))[:, None] + torch.arange(3))
-        own_layers = cache.layers
         # Recurrent states need the layers of their own; keys are compared, and must not be cut to a native window.
         is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in own_layers)
-        cache = cache if is_recurrent or DummyLayer in map(type, own_layers) else DynamicCache()
+        needs_own = is_recurrent or DummyLayer in map(type, own_layers)
+        cache = DynamicCache(config=config) if needs_own else DynamicCache()
         logits = ask(cache, slice(0, 3))
-    except Exception as error:
-        raise ValueError(
-            f"SinkCache can't keep its rules for {name}: a first look at how it caches keys failed ({type(error).__name__}: {error})."
-        ) from error
-    native_windows = _native_windows(name, own_layers)
     holds_keys = [index for index, window in enumerate(native_windows) if window != NO_KEYS]
     if len(cache.layers) != len(native_windows) or any(cache.layers[index].keys is None for index in holds_keys) or not holds_keys:
         raise ValueError(f"SinkCache needs the keys and values of attention layers, and {name} does not put them into its cache.")
@@ -323,13 +321,13 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
             f"SinkCache can't keep its rules for {name} with window_length={window_length}: its logits depend on where a text stands, "
             "not only on distances (a scale for long texts, for one). A smaller window_length may do."
         )
-    if is_recurrent:
+    if is_recurrent or config is not model.config:  # recurrences that start anew, and multimodal models that see a prompt as a whole
         in_two_passes = DynamicCache(config=config)
         ask(in_two_passes, slice(0, 1))
         if (ask(in_two_passes, slice(1, 3))[:, -1] - logits[:, -1]).abs().max() > 10 * LOGITS_TOLERANCE[model.dtype] * logits.std():
             raise ValueError(
-                f"SinkCache can't keep its rules for {name}: in this release of transformers its recurrent layers forget their state in a "
-                "pass of several tokens, so that a prompt can't be fed in chunks."
+                f"SinkCache can't keep its rules for {name}: its logits depend on how a text is split into passes. Either its recurrent "
+                "layers forget their state in a pass of several tokens, or a token sees others that come after it."
             )
 
     has_rotation = any(not rotation.is_identity for layer in layers if layer for rotation in layer.rotations)
@@ -355,6 +353,17 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
         is_recurrent=is_recurrent,
         layer_types=tuple(layer_types) if layer_types else None,
     )
+
+
+@contextlib.contextmanager
+def _first_look(name: str):
+    """Whatever goes wrong when a model is asked is a reason to refuse it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"SinkCache can't keep its rules for {name}: a first look at how it caches keys failed ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _ask(model, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: DynamicCache, columns: slice) -> torch.Tensor:

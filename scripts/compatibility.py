@@ -69,7 +69,7 @@ def reason_of(message: str) -> str:
         ("no known rotation", "absolute or learned positions, or a rotation of its own"),
         ("is an encoder-decoder", "encoder-decoder"),
         ("does not put them into its cache", "no cache of keys and values"),
-        ("recurrent layers forget", "recurrent layers forget their state in passes of several tokens (transformers)"),
+        ("split into passes", "logits depend on how a text is split into passes (transformers' Mamba 1)"),
         ("where a text stands", "scores depend on the position itself"),
         ("order in which keys", "recurrent states and scores by the order of keys"),
         ("chunked attention", "chunked attention"),

@@ -9,6 +9,7 @@ from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, random_ids
 from families import build_model
 from generate import UNSUPPORTED_OPTIONS, SinkCache, generate
 from transformers import AutoModelForCausalLM, DynamicCache
+from zoo import zoo_config
 
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 
@@ -222,11 +223,10 @@ def test_what_prepare_returned_must_be_what_the_model_gets(model):
         (transformers.OPTConfig(hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=97,
                                 word_embed_proj_dim=32), "absolute or learned position"),
         (transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=97, state_size=4), "Mamba"),
-        (transformers.JambaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
-                                  num_key_value_heads=2, vocab_size=97, num_experts=2, attn_layer_period=2,
-                                  attn_layer_offset=1, use_mamba_kernels=False), "another kind of state"),
+        (zoo_config("jamba"), "how a text is split into passes"),
+        (zoo_config("llama4_text"), "chunked attention"),
     ],
-    ids=["gpt2", "opt", "mamba", "jamba"],
+    ids=["gpt2", "opt", "mamba", "jamba", "llama4"],
 )  # fmt: skip
 def test_models_for_which_the_rules_can_not_be_kept(config, message):
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -13,6 +13,7 @@ from oracle import oracle_logits
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as rotate_interleaved
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_halves
 from transformers.models.nanochat.modeling_nanochat import apply_rotary_pos_emb as rotate_backwards
+from zoo import build_zoo_model
 
 HEAD_DIM = 8
 INV_FREQ = torch.tensor([1.0, 0.3, 0.02, 0.001])
@@ -179,7 +180,7 @@ def test_a_model_is_asked_once():
 
 
 def test_scores_that_depend_on_the_position_itself_are_refused():
-    """Ministral 3 and Llama 4 scale queries by their absolute position, from some length on: nothing that shows in the keys."""
+    """Some models scale queries by their absolute position, Ministral 3 from some length on: nothing that shows in the keys."""
     arguments = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                  "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.25, "sliding_window": None}  # fmt: skip
     rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "llama_4_scaling_beta": 0.5}
@@ -191,6 +192,8 @@ def test_scores_that_depend_on_the_position_itself_are_refused():
         return transformers.AutoModelForCausalLM.from_config(config).eval()
 
     with pytest.raises(ValueError, match="logits depend on where a text stands"):
+        SinkCache.from_model(build_zoo_model("beam"), 16, 4)  # scaled at every position
+    with pytest.raises(ValueError, match="changes or ends at position 20"):
         SinkCache.from_model(model(original_length=20), 16, 4)
     input_ids = random_ids()
     far_enough = model(original_length=128)  # further than positions get

@@ -63,6 +63,11 @@ def test_benchmark():
     assert [row["window_length"] for row in result["results"]] == [32] and result["results"][0]["ratio_median"] > 0
 
 
+def test_the_compatibility_table_is_what_is_found():
+    result = last_line(run("scripts/compatibility.py", "--check"))
+    assert result["exact"] >= 105 and result["exact"] + result["refused"] + result["left out"] == 189
+
+
 def test_training(tmp_path):
     """A few steps; what is written can be loaded, and is not overwritten."""
     arguments = ["scripts/train_tiny_model.py", "--output-dir", tmp_path, "--num-steps", 3, "--num-sink-steps", 1, "--batch-size", 2]

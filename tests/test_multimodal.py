@@ -1,0 +1,72 @@
+"""Multimodal decoder-only models: with text they are as exact as any other, an image is refused."""
+
+import pytest
+import torch
+import transformers
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
+from generate import SinkCache, generate
+from oracle import oracle_logits
+from zoo import _tiny_config
+
+CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "paligemma": "PaliGemmaForConditionalGeneration",
+}
+
+
+def build(model_type: str):
+    """A tiny one, all weights large. The sizes of multi-dimensional positions have to fit the heads."""
+    torch.manual_seed(0)
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    sections = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+    config = _tiny_config(config_class, **({"text_config": sections} if "_vl" in model_type else {}))
+    model = getattr(transformers, CLASSES[model_type])._from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25 if parameter.ndim > 1 else 0.1)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", [name for name in CLASSES if name != "paligemma"])
+def test_text_is_exact(model_type):
+    model = build(model_type)
+    input_ids = random_ids(60)
+    expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    for sizes in ([1] * 60, [3, 30, 1, 1, 25]):
+        cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+        assert_same(feed(model, cache, input_ids, sizes), expected)
+    prompts = [input_ids[:, :length] for length in (3, 20)]
+    ids, mask = left_padded(prompts)
+    outputs = generate(
+        ids,
+        attention_mask=mask,
+        model=model,
+        window_length=WINDOW_LENGTH,
+        max_new_tokens=20,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    for row, prompt in enumerate(prompts):
+        sequence = outputs.sequences[row : row + 1, 20 - prompt.shape[1] :]
+        expected = oracle_logits(model, sequence[:, :-1], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, prompt.shape[1] - 1 :]
+        assert_same(torch.stack([step[row] for step in outputs.logits])[None], expected)
+
+
+def test_a_model_that_sees_its_prompt_as_a_whole_is_refused():
+    """PaliGemma attends in both directions within its first pass: what it makes of a text depends on how it is fed."""
+    with pytest.raises(ValueError, match="split into passes"):
+        SinkCache.from_model(build("paligemma"), WINDOW_LENGTH, NUM_SINK_TOKENS)
+
+
+def test_an_image_is_refused():
+    with pytest.raises(ValueError, match="pixel_values can't be used with SinkCache"):
+        generate(random_ids(5), model=build("llava"), pixel_values=torch.zeros(1, 3, 8, 8), window_length=WINDOW_LENGTH)
