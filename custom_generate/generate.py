@@ -198,10 +198,13 @@ class LayerTraits:
 class ModelTraits:
     """What the cache has to know of a model.
 
-    `layers`: None for a layer that holds no keys (a recurrent or convolutional state, or another layer's keys). `turns_at`: the position at which held keys are turned back. `num_positions`: positions from here on are not computed as those
-    below (None: no such limit). `is_ordered`: scores depend on
-    the order in which keys are handed out and on nothing else (ALiBi, no positions at all). `layer_types`: one name a layer
-    where the model takes one mask for each type of layer, else None.
+    Attributes:
+        layers: None for a layer without keys of its own: a recurrent or convolutional state, or another layer's keys.
+        turns_at: the position at which held keys are turned back.
+        num_positions: positions from here on are not computed as those below. None: there is no such limit.
+        is_ordered: scores depend on the order in which keys are handed out (ALiBi), and keys do not depend on positions.
+        is_recurrent: there are recurrent or convolutional states.
+        layer_types: one name a layer, where the model takes one mask for each type of layer. Else None.
     """
 
     layers: tuple[LayerTraits | None, ...]
@@ -245,157 +248,182 @@ def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
 
 @torch.no_grad()
 def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"SinkCache serves decoder-only models, and {name} is an encoder-decoder model.")
-    config = model.config.get_text_config(decoder=True)
-    accepted = inspect.signature(model.forward).parameters
-    num_positions = _num_positions(model, config) if "position_ids" in accepted else None
-    if num_positions is not None and 2 * window_length > num_positions:
-        raise ValueError(
-            f"window_length={window_length} is too long for {name}: its position embedding changes or ends at position "
-            f"{num_positions}, and the cache needs positions up to twice the window. Use a window_length of at most "
-            f"{num_positions // 2}."
-        )
-
-    # Ask: some texts of three tokens, a a b, each at several positions. The first token sees only itself, the second itself and
-    # its copy: they go through all layers alike wherever they stand, so that their keys differ by what the model does to
-    # positions, and by nothing else. The third has to choose what to attend to, and must choose alike wherever the text stands.
-    turns_at = max(2 * window_length, MIN_TURN_IN_16_BITS if model.dtype.itemsize == 2 else 0)
-    turns_at = min(turns_at, num_positions or turns_at)
-    positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 3, turns_at - 3} - {-1}))
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(f"SinkCache can't bound {name}: its layers with chunked attention need masks of another kind.")
-    with _first_look(name):
-        own_layers = DynamicCache(config=config).layers
-    native_windows = _native_windows(name, own_layers)
-    with _first_look(name):
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        tokens = torch.tensor([vocab_size // 3, 2 * vocab_size // 3])
-        texts = torch.stack([tokens, tokens, tokens.roll(1)], dim=1).repeat_interleave(len(positions), dim=0)
-        ask = functools.partial(_ask, model, texts.to(model.device), positions.repeat(len(tokens))[:, None] + torch.arange(3))
-        # Recurrent states need the layers of their own; keys are compared, and must not be cut to a native window.
-        is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in own_layers)
-        needs_own = is_recurrent or DummyLayer in map(type, own_layers)
-        cache = DynamicCache(config=config) if needs_own else DynamicCache()
-        logits = ask(cache, slice(0, 3))
-    holds_keys = [index for index, window in enumerate(native_windows) if window != NO_KEYS]
-    if len(cache.layers) != len(native_windows) or any(cache.layers[index].keys is None for index in holds_keys) or not holds_keys:
-        raise ValueError(f"SinkCache needs the keys and values of attention layers, and {name} does not put them into its cache.")
-
-    tables = _inverse_frequencies(model, config)
-    layers: list[LayerTraits | None] = [None] * len(native_windows)
-    for index in holds_keys:
-        layer = cache.layers[index]
-        rotations = []
-        for states in (layer.keys, layer.values):  # [tokens * positions, heads, 3, head_dim]
-            states = states.cpu()
-            tolerance = ROTATION_TOLERANCE.get(states.dtype, 0.0)
-            rotation = None
-            if states.shape[0] == len(texts) and states.shape[2] <= 3:
-                asked = states[:, :, 0].unflatten(0, (len(tokens), len(positions)))
-                candidates = candidate_rotations(states.shape[3], tables)
-                rotation = next((r for r in candidates if r.explains(asked, positions, tolerance)), None)
-            # The copy must be as the original, moved by one, or the model counts positions by itself. Deeper layers only add noise.
-            if index == 0 and rotation is not None and not is_recurrent:
-                step = torch.arange(2) if "position_ids" in accepted else torch.zeros(2)
-                rotation = rotation if rotation.explains(states[:, :, :2].transpose(1, 2), step, tolerance) else None
-            if rotation is None:
-                raise ValueError(
-                    f"SinkCache can't keep its rules for {name}: no known rotation explains how the keys of layer {index} "
-                    "change with their position. It has absolute or learned position embeddings, or a rotation of its own."
-                    + (" The model is in training mode: if it has dropout, call `model.eval()` first." if model.training else "")
-                )
-            rotations.append(rotation.to(layer.keys.device))
-        if layer.keys.dtype != layer.values.dtype:
-            raise ValueError(
-                f"{name} has keys in {layer.keys.dtype} and values in {layer.values.dtype} (under autocast?). Put the model into one dtype, "
-                "model.to(dtype)."
-            )
-        shapes = tuple((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values))
-        layers[index] = LayerTraits(native_windows[index], tuple(rotations), shapes, layer.keys.dtype, layer.keys.device)
-
-    by_text = logits[:, -1].float().unflatten(0, (len(tokens), len(positions)))
-    if (by_text - by_text[:, :1]).abs().max() > LOGITS_TOLERANCE[model.dtype] * by_text.std():
-        raise ValueError(
-            f"SinkCache can't keep its rules for {name} with window_length={window_length}: its logits depend on where a text stands, "
-            "not only on distances (a scale for long texts, for one). A smaller window_length may do."
-        )
-    if is_recurrent or config is not model.config:  # recurrences that start anew, and multimodal models that see a prompt as a whole
-        in_two_passes = DynamicCache(config=config)
-        ask(in_two_passes, slice(0, 1))
-        if (ask(in_two_passes, slice(1, 3))[:, -1] - logits[:, -1]).abs().max() > 10 * LOGITS_TOLERANCE[model.dtype] * logits.std():
-            raise ValueError(
-                f"SinkCache can't keep its rules for {name}: its logits depend on how a text is split into passes. Either its recurrent "
-                "layers forget their state in a pass of several tokens, or a token sees others that come after it."
-            )
-
+    probe = Probe(model, window_length)
+    layers = probe.layers()
+    probe.check_that_logits_depend_on_distances_only()
     has_rotation = any(not rotation.is_identity for layer in layers if layer for rotation in layer.rotations)
-    if is_recurrent and not has_rotation:
-        flipped = copy.deepcopy(cache)
-        for index in holds_keys:
-            flipped.layers[index].keys = flipped.layers[index].keys.flip(2)
-            flipped.layers[index].values = flipped.layers[index].values.flip(2)
-        change = ask(cache, slice(2, 3)) - ask(flipped, slice(2, 3))
-        if change.abs().max() > LOGITS_TOLERANCE[model.dtype] * logits.std():
-            raise ValueError(f"SinkCache can't keep its rules for {name}: its scores depend on the order in which keys are cached.")
-    lengths = {"max_seq_len": "its position biases end there", "keep_window_size": "it chooses among keys from there on"}
-    for option, reason in lengths.items():  # MPT; Doge
-        length = getattr(config, option, None)
-        if length is not None and window_length > length and not (option == "max_seq_len" and has_rotation):
-            raise ValueError(f"window_length={window_length} is too long for {name} ({option}={length}): {reason}.")
-    layer_types = getattr(config, "layer_types", None)
+    if probe.is_recurrent or probe.config is not model.config:  # the latter: multimodal models, which may see a prompt as a whole
+        probe.check_that_texts_can_be_split()
+    if probe.is_recurrent and not has_rotation:
+        probe.check_that_order_does_not_count()
+    probe.check_length("keep_window_size", "from there on it chooses among its keys")  # Doge
+    if not has_rotation:
+        probe.check_length("max_seq_len", "its position biases end there")  # MPT
+    layer_types = getattr(probe.config, "layer_types", None)
     return ModelTraits(
-        layers=tuple(layers),
-        turns_at=turns_at,
-        num_positions=num_positions,
-        is_ordered=not has_rotation and not is_recurrent,
-        is_recurrent=is_recurrent,
+        layers=layers,
+        turns_at=probe.turns_at,
+        num_positions=probe.num_positions,
+        is_ordered=not has_rotation and not probe.is_recurrent,
+        is_recurrent=probe.is_recurrent,
         layer_types=tuple(layer_types) if layer_types else None,
     )
 
 
-@contextlib.contextmanager
-def _first_look(name: str):
-    """Whatever goes wrong when a model is asked is a reason to refuse it."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(
-            f"SinkCache can't keep its rules for {name}: a first look at how it caches keys failed ({type(error).__name__}: {error})."
-        ) from error
+class Probe:
+    """A model that is asked how it treats positions.
 
+    It is shown texts of three tokens, a a b, each at several positions. The first token sees only itself, the second itself and its
+    copy: they go through all layers alike wherever they stand, so that their keys differ by what the model does to positions, and
+    by nothing else. The third has to choose what to attend to, and must choose alike wherever the text stands.
 
-def _ask(model, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: DynamicCache, columns: slice) -> torch.Tensor:
-    """Logits `[rows, columns or 1, vocab]` of these columns of texts, which go into the cache."""
-    inputs = {
-        "input_ids": input_ids[:, columns],
-        "position_ids": position_ids[:, columns].to(input_ids.device),
-        "past_key_values": cache,
-        "use_cache": True,
-        "logits_to_keep": 1,
-    }
-    accepted = inspect.signature(model.forward).parameters
-    return model(**{name: value for name, value in inputs.items() if name in accepted}).logits
+    Raises:
+        ValueError: from every method, when the answer is that the rules can't be kept.
+    """
+
+    def __init__(self, model: torch.nn.Module, window_length: int):
+        self.model, self.name, self.window_length = model, type(model).__name__, window_length
+        if model.config.is_encoder_decoder:
+            raise ValueError(f"SinkCache serves decoder-only models, and {self.name} is an encoder-decoder model.")
+        self.config = model.config.get_text_config(decoder=True)
+        if "chunked_attention" in (getattr(self.config, "layer_types", None) or ()):
+            raise self._refusal("its layers with chunked attention need masks of another kind")
+        self.accepted = inspect.signature(model.forward).parameters
+        self.num_positions = _num_positions(model, self.config) if "position_ids" in self.accepted else None
+        if self.num_positions is not None and 2 * window_length > self.num_positions:
+            raise ValueError(
+                f"window_length={window_length} is too long for {self.name}: its position embedding changes or ends at position "
+                f"{self.num_positions}, and the cache needs positions up to twice the window. Use a window_length of at most "
+                f"{self.num_positions // 2}."
+            )
+        turns_at = max(2 * window_length, MIN_TURN_IN_16_BITS if model.dtype.itemsize == 2 else 0)
+        self.turns_at = min(turns_at, self.num_positions or turns_at)
+        with self._looking():
+            own_layers = DynamicCache(config=self.config).layers
+        self.native_windows = [self._native_window(index, layer) for index, layer in enumerate(own_layers)]
+        self.is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in own_layers)
+
+        self.positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 3, self.turns_at - 3} - {-1}))
+        with self._looking():
+            vocab_size = model.get_input_embeddings().weight.shape[0]
+            a, b = vocab_size // 3, 2 * vocab_size // 3
+            self.texts = torch.tensor([[a, a, b], [b, b, a]])
+            # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
+            needs_own = self.is_recurrent or any(isinstance(layer, DummyLayer) for layer in own_layers)
+            self.cache = DynamicCache(config=self.config) if needs_own else DynamicCache()
+            self.logits = self._ask(self.cache, slice(0, 3))
+
+    def layers(self) -> tuple[LayerTraits | None, ...]:
+        """What there is to know of each layer: how its keys move, and its shapes."""
+        cached = self.cache.layers
+        holds_keys = [window != NO_KEYS for window in self.native_windows]
+        if not any(holds_keys) or len(cached) != len(holds_keys) or any(c.keys is None for c, h in zip(cached, holds_keys) if h):
+            raise self._refusal("attention layers do not put their keys and values into its cache")
+        tables = _inverse_frequencies(self.model, self.config)
+        traits = []
+        for index, (layer, native_window) in enumerate(zip(cached, self.native_windows)):
+            if native_window == NO_KEYS:
+                traits.append(None)
+                continue
+            states = layer.keys, layer.values
+            if layer.keys.dtype != layer.values.dtype:
+                dtypes = f"keys in {layer.keys.dtype} and values in {layer.values.dtype}"
+                raise self._refusal(f"it has {dtypes} (under autocast?). Put it into one dtype, model.to(dtype)")
+            rotations = tuple(self._rotation(index, each.cpu(), tables).to(each.device) for each in states)
+            shapes = tuple((each.shape[1], each.shape[3]) for each in states)
+            traits.append(LayerTraits(native_window, rotations, shapes, layer.keys.dtype, layer.keys.device))
+        return tuple(traits)
+
+    def check_that_logits_depend_on_distances_only(self) -> None:
+        by_position = self._by_position(self.logits[:, -1].float())
+        self._compare(by_position, by_position[:, :1], 1, "its logits depend on where a text stands, not only on distances")
+
+    def check_that_texts_can_be_split(self) -> None:
+        cache = DynamicCache(config=self.config)
+        self._ask(cache, slice(0, 1))
+        logits = self._ask(cache, slice(1, 3))
+        reason = (
+            "its logits depend on how a text is split into passes. Either its recurrent layers forget their state in a pass of several "
+            "tokens, or a token sees others that come after it"
+        )
+        self._compare(logits[:, -1], self.logits[:, -1], 10, reason)  # 10: the two ways of a recurrence round differently
+
+    def check_that_order_does_not_count(self) -> None:
+        """One token more, on the keys as they are and in reverse."""
+        flipped = copy.deepcopy(self.cache)
+        for layer, native_window in zip(flipped.layers, self.native_windows):
+            if native_window != NO_KEYS:
+                layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
+        logits = self._ask(self.cache, slice(2, 3))
+        self._compare(self._ask(flipped, slice(2, 3)), logits, 1, "its scores depend on the order in which keys are cached")
+
+    def check_length(self, option: str, reason: str) -> None:
+        length = getattr(self.config, option, None)
+        if length is not None and self.window_length > length:
+            raise ValueError(f"window_length={self.window_length} is too long for {self.name} ({option}={length}): {reason}.")
+
+    def _ask(self, cache: DynamicCache, columns: slice) -> torch.Tensor:
+        """Logits `[texts * positions, 1 or columns, vocab]` of these columns of the texts, which go into the cache."""
+        inputs = {
+            "input_ids": self.texts.repeat_interleave(len(self.positions), dim=0)[:, columns],
+            "position_ids": (self.positions.repeat(len(self.texts))[:, None] + torch.arange(3))[:, columns],
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        inputs = {name: x.to(self.model.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        return self.model(**{name: value for name, value in inputs.items() if name in self.accepted}).logits
+
+    def _by_position(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(0, (len(self.texts), len(self.positions)))
+
+    def _compare(self, logits: torch.Tensor, reference: torch.Tensor, slack: float, reason: str) -> None:
+        if (logits - reference).abs().max() > slack * LOGITS_TOLERANCE[self.model.dtype] * reference.std():
+            raise self._refusal(reason)
+
+    def _rotation(self, index: int, states: torch.Tensor, tables: list[torch.Tensor]) -> Rotation:
+        """The rotation that explains the states `[texts * positions, heads, 3, head_dim]` of a layer."""
+        if states.shape[0] == len(self.texts) * len(self.positions) and states.shape[2] <= 3:
+            tolerance = ROTATION_TOLERANCE[states.dtype]
+            first = self._by_position(states[:, :, 0])
+            for rotation in candidate_rotations(states.shape[3], tables):
+                if rotation.explains(first, self.positions, tolerance):
+                    # In the first layer the copy must be as the original, moved by one, or the model counts positions by itself.
+                    step = torch.arange(2) if "position_ids" in self.accepted else torch.zeros(2)
+                    copies = states[:, :, :2].transpose(1, 2)
+                    if index > 0 or self.is_recurrent or rotation.explains(copies, step, tolerance):
+                        return rotation
+                    break
+        raise self._refusal(
+            f"no known rotation explains how the keys of layer {index} change with their position. It has absolute or learned position "
+            "embeddings, or a rotation of its own"
+            + (". It is in training mode: if it has dropout, call `model.eval()` first" if self.model.training else "")
+        )
+
+    def _native_window(self, index: int, layer) -> int | str | None:
+        """The sliding window of a layer of the model's own cache: None for full attention, `NO_KEYS` for a layer without keys."""
+        if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+            return None
+        if type(layer) in (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+            return layer.sliding_window
+        if type(layer) in (LinearAttentionLayer, DummyLayer):
+            return NO_KEYS
+        raise self._refusal(f"layer {index} keeps another kind of state ({type(layer).__name__})")
+
+    @contextlib.contextmanager
+    def _looking(self):
+        """Whatever goes wrong in a first look at a model is a reason to refuse it."""
+        try:
+            yield
+        except Exception as error:
+            raise self._refusal(f"a first look at how it caches keys failed ({type(error).__name__}: {error})") from error
+
+    def _refusal(self, reason: str) -> ValueError:
+        return ValueError(f"SinkCache can't keep its rules for {self.name} with window_length={self.window_length}: {reason}.")
 
 
 # In place of the length of a native window.
 NO_KEYS = "no keys"
-
-
-def _native_windows(name: str, layers: list) -> list[int | str | None]:
-    """The sliding window of each layer of a model's own cache: None for full attention, `NO_KEYS` for a layer without keys."""
-    windows = []
-    for index, layer in enumerate(layers):
-        if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
-            windows.append(None)
-        elif type(layer) in (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
-            windows.append(layer.sliding_window)
-        elif type(layer) in (LinearAttentionLayer, DummyLayer):
-            windows.append(NO_KEYS)
-        else:
-            raise ValueError(f"SinkCache can't bound layer {index} of {name}: it keeps another kind of state ({type(layer).__name__}).")
-    return windows
 
 
 def _inverse_frequencies(model: torch.nn.Module, config) -> list[torch.Tensor]:
@@ -841,7 +869,11 @@ class SinkCache(Cache):
         """Bytes of all tensors of the cache."""
         own = [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
         recurrent = [t for layer in own for t in (*layer.conv_states.values(), *layer.recurrent_states.values()) if t is not None]
-        return sum(states.num_bytes for states in self._states) + sum(t.nbytes for t in recurrent) + (0 if self._token_ids is None else self._token_ids.nbytes)
+        return (
+            sum(states.num_bytes for states in self._states)
+            + sum(t.nbytes for t in recurrent)
+            + (0 if self._token_ids is None else self._token_ids.nbytes)
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, as for every cache of transformers: what `generate` continues from."""
@@ -1070,7 +1102,9 @@ class SinkCache(Cache):
                 "already let go of what a second try needs. Call reset(), or go on from a copy that was made before."
             )
         if self._batch_size not in (-1, batch_size):
-            raise ValueError(f"This cache holds {self._batch_size} rows, and {batch_size} are passed. Pass as many, or a new cache.")
+            raise ValueError(
+                f"This cache holds {self._batch_size} rows, and {batch_size} are passed. Pass as many, or a new cache."
+            )
         num_seen, base = self._num_seen, self._base
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
@@ -1457,7 +1491,9 @@ def generate(
     attention_mask = kwargs.pop("attention_mask", None)
     if attention_mask is None and inputs_embeds is None:
         attention_mask = _mask_from_padding(input_ids, option("pad_token_id"), option("eos_token_id"))
-    prompt = Prompt(input_ids, attention_mask) if inputs_embeds is None else Prompt(inputs_embeds, attention_mask, "inputs_embeds")
+    prompt = (
+        Prompt(input_ids, attention_mask) if inputs_embeds is None else Prompt(inputs_embeds, attention_mask, "inputs_embeds")
+    )
     num_copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
     unseen = _unseen(prompt, cache, num_copies).to(model.device)
     cache.bind(model)
@@ -1582,7 +1618,9 @@ def _unseen(prompt: Prompt, cache: SinkCache, num_copies: int) -> Prompt:
     if mask is None:
         num_tokens = [num_columns] * num_rows
     elif mask.shape != (num_rows, num_columns):
-        all_columns = f" or, with only the new tokens of a text in input_ids, {(num_rows, num_seen + num_columns)}" if num_seen else ""
+        all_columns = (
+            f" or, with only the new tokens of a text in input_ids, {(num_rows, num_seen + num_columns)}" if num_seen else ""
+        )
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, and must have {(num_rows, num_columns)}{all_columns}.")
     else:
         num_tokens = count_tokens(mask)
@@ -1634,14 +1672,23 @@ def _num_already_seen(cache: SinkCache, row: int, num_tokens: int, ids: torch.Te
 def _mask_from_padding(input_ids: torch.Tensor | None, pad_token_id, eos_token_id) -> torch.Tensor | None:
     """The mask that transformers' `generate` would infer: from a padding token that does not also end texts."""
     eos = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
-    if input_ids is None or not isinstance(pad_token_id, int) or pad_token_id in eos or not bool((input_ids == pad_token_id).any()):
+    if (
+        input_ids is None
+        or not isinstance(pad_token_id, int)
+        or pad_token_id in eos
+        or not bool((input_ids == pad_token_id).any())
+    ):
         return None
     return (input_ids != pad_token_id).long()
 
 
 def _option(model: torch.nn.Module, kwargs: dict, name: str):
     """The value of an option of `generate`: from the call, from the generation config of the call, or from the model's."""
-    for source in (kwargs.get(name), getattr(kwargs["generation_config"], name, None), getattr(model.generation_config, name, None)):
+    for source in (
+        kwargs.get(name),
+        getattr(kwargs["generation_config"], name, None),
+        getattr(model.generation_config, name, None),
+    ):
         if source is not None:
             return source
     return None

@@ -94,7 +94,9 @@ def main() -> None:
     add_model_arguments(parser)
     parser.set_defaults(model=None)
     parser.add_argument("--window-length", type=int, nargs="+", default=[256, 1024, 4096], help="(default: 256 1024 4096)")
-    parser.add_argument("--hidden-size", type=int, default=1024, help="of the random model; multiple of 64 (default: %(default)s)")
+    parser.add_argument(
+        "--hidden-size", type=int, default=1024, help="of the random model; multiple of 64 (default: %(default)s)"
+    )
     parser.add_argument("--num-layers", type=int, default=6, help="of the random model (default: %(default)s)")
     parser.add_argument("--num-tokens", type=int, default=32, help="decoded in one turn (default: %(default)s)")
     parser.add_argument("--num-rounds", type=int, default=15, help="turns of each cache (default: %(default)s)")
@@ -109,7 +111,11 @@ def main() -> None:
         spread = f"{row['ratio_median']:.2f} ({row['ratio_min']:.2f}-{row['ratio_max']:.2f})"
         print(f"| {row['window_length']} | {row['sink_ms']:.2f} | {row['dynamic_ms']:.2f} | {spread} |")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps({"device": args.device, "dtype": args.dtype, "num_threads": torch.get_num_threads(), **versions, "results": results}))
+    print(
+        json.dumps(
+            {"device": args.device, "dtype": args.dtype, "num_threads": torch.get_num_threads(), **versions, "results": results}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def reason_of(message: str) -> str:
     for pattern, reason in [
         ("no known rotation", "absolute or learned positions, or a rotation of its own"),
         ("is an encoder-decoder", "encoder-decoder"),
-        ("does not put them into its cache", "no cache of keys and values"),
+        ("do not put their keys", "no cache of keys and values"),
         ("split into passes", "logits depend on how a text is split into passes (transformers' Mamba 1)"),
         ("where a text stands", "scores depend on the position itself"),
         ("order in which keys", "recurrent states and scores by the order of keys"),
@@ -100,14 +100,23 @@ def verdicts() -> list[dict]:
 def table(found: list[dict]) -> str:
     """Markdown: the exact types by how their keys move, the others by reason."""
     num_exact = sum(entry["verdict"] == "exact" for entry in found)
-    lines = [f"{num_exact} of {len(found)} types in the causal-LM mapping of transformers {transformers.__version__} are exact.", ""]
-    for verdict, key, head in (("exact", "keys", "how keys move"), ("refused", "reason", "reason"), ("left out", "reason", "reason")):
+    lines = [
+        f"{num_exact} of {len(found)} types in the causal-LM mapping of transformers {transformers.__version__} are exact.",
+        "",
+    ]
+    for verdict, key, head in (
+        ("exact", "keys", "how keys move"),
+        ("refused", "reason", "reason"),
+        ("left out", "reason", "reason"),
+    ):
         groups: dict[str, list[str]] = {}
         for entry in found:
             if entry["verdict"] == verdict:
                 groups.setdefault(entry[key], []).append(entry["type"])
         lines += [f"| {verdict}: {head} | types |", "|---|---|"]
-        lines += [f"| {name} | {', '.join(sorted(types))} |" for name, types in sorted(groups.items(), key=lambda g: (-len(g[1]), g[0]))]
+        lines += [
+            f"| {name} | {', '.join(sorted(types))} |" for name, types in sorted(groups.items(), key=lambda g: (-len(g[1]), g[0]))
+        ]
         lines.append("")
     return "\n".join(lines).strip()
 

@@ -43,7 +43,9 @@ def tokens_per_second(times: list[float]) -> float:
 def full_cache_bytes(cache) -> int:
     """What keys and values of all tokens seen would take."""
     per_token = sum(
-        states.shape[1] * states.shape[3] * states.element_size() for layer in cache.layers for states in (layer.keys, layer.values)
+        states.shape[1] * states.shape[3] * states.element_size()
+        for layer in cache.layers
+        for states in (layer.keys, layer.values)
     )
     return per_token * cache.batch_size * cache.num_tokens_seen
 
@@ -59,7 +61,9 @@ def main() -> None:
     parser.add_argument(
         "--num-sink-tokens", type=int, default=DEFAULT_NUM_SINK_TOKENS, help="first tokens that stay (default: %(default)s)"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 takes the likeliest token (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="of sampling; 0 takes the likeliest token (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     args = parser.parse_args()
 

@@ -52,7 +52,9 @@ def load_texts(args, tokenizer) -> torch.Tensor:
         texts = ["\n".join(texts)]
     rows = [ids[: args.num_tokens] for ids in tokenizer(texts).input_ids if len(ids) >= args.num_tokens][: args.num_texts]
     if len(rows) < args.num_texts:
-        sys.exit(f"Found {len(rows)} texts of {args.num_tokens} tokens, {args.num_texts} are wanted. Pass more --text, or less --num-tokens.")
+        sys.exit(
+            f"Found {len(rows)} texts of {args.num_tokens} tokens, {args.num_texts} are wanted. Pass more --text, or less --num-tokens."
+        )
     return torch.tensor(rows)
 
 

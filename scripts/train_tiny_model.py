@@ -97,7 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="where config, weights and tokenizer are written")
     parser.add_argument("--num-steps", type=int, default=3300, help="optimizer steps in all (default: %(default)s)")
-    parser.add_argument("--num-sink-steps", type=int, default=800, help="steps at the end with the sink term (default: %(default)s)")
+    parser.add_argument(
+        "--num-sink-steps", type=int, default=800, help="steps at the end with the sink term (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="sequences of 256 tokens a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--sink-weight", type=float, default=3.0, help="weight of the sink term (default: %(default)s)")

@@ -9,7 +9,9 @@ sys.path[:0] = [str(ROOT / "custom_generate"), str(ROOT / "scripts")]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--model", default=None, help="Hub id or folder of the model for tests/test_parity.py (default: the tiny model)")
+    parser.addoption(
+        "--model", default=None, help="Hub id or folder of the model for tests/test_parity.py (default: the tiny model)"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,7 +33,12 @@ def cache_of(layers: list) -> DynamicCache:
 
 @torch.no_grad()
 def oracle_logits(
-    model, input_ids: torch.Tensor, window_length: int, num_sink_tokens: int, sinks: torch.Tensor | None = None, shift: bool = True
+    model,
+    input_ids: torch.Tensor,
+    window_length: int,
+    num_sink_tokens: int,
+    sinks: torch.Tensor | None = None,
+    shift: bool = True,
 ) -> torch.Tensor:
     """Logits `[1, num_tokens, vocab]` for one row without padding.
 
@@ -63,7 +68,9 @@ def oracle_logits(
         for index, layer in enumerate(layers):
             if isinstance(layer, LinearAttentionCacheLayerMixin):  # the state goes on; with keys of its own layer, if it has any
                 state = {name: value for name, value in vars(before[index]).items() if name not in vars(DynamicLayer())}
-                vars(layer).update({name: value for name, value in state.items() if name not in ("cumulative_length", "sliding_window")})
+                vars(layer).update(
+                    {name: value for name, value in state.items() if name not in ("cumulative_length", "sliding_window")}
+                )
             if not stored[index]:
                 continue
             if isinstance(layer, DynamicSlidingWindowLayer):

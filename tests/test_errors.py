@@ -152,7 +152,10 @@ def test_a_cache_of_another_dtype(model):
 def test_keys_that_come_in_another_dtype():
     model = build_model("llama")
     cache = SinkCache.from_model(model, **WINDOW)
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="values in torch.bfloat16.*made for torch.float32"):
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match="values in torch.bfloat16.*made for torch.float32"),
+    ):
         model(**cache.prepare(random_ids(5)))
 
 
@@ -237,7 +240,9 @@ def test_models_for_which_the_rules_can_not_be_kept(config, message):
 
 
 def test_encoder_decoder_models():
-    config = transformers.T5Config(d_model=32, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=97, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        d_model=32, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=97, decoder_start_token_id=0
+    )
     model = transformers.T5ForConditionalGeneration(config).eval()
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
         generate(random_ids(5), model=model, max_new_tokens=3, **WINDOW)
@@ -245,7 +250,11 @@ def test_encoder_decoder_models():
 
 @pytest.mark.parametrize(
     "name, overrides",
-    [("gpt-j", {"max_position_embeddings": 31}), ("llama-dynamic", {"max_position_embeddings": 31}), ("mpt", {"max_seq_len": 15})],
+    [
+        ("gpt-j", {"max_position_embeddings": 31}),
+        ("llama-dynamic", {"max_position_embeddings": 31}),
+        ("mpt", {"max_seq_len": 15}),
+    ],
 )
 def test_a_window_that_the_positions_of_the_model_do_not_reach(name, overrides):
     model = build_model(name, **overrides)

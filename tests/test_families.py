@@ -83,7 +83,9 @@ def test_zero_sinks_is_a_plain_sliding_window(name, seed):
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("window_length, num_sink_tokens", [(1, 0), (2, 1), (5, 4), (16, 15), (16, 1), (17, 4), (64, 4), (79, 4), (80, 4)])
+@pytest.mark.parametrize(
+    "window_length, num_sink_tokens", [(1, 0), (2, 1), (5, 4), (16, 15), (16, 1), (17, 4), (64, 4), (79, 4), (80, 4)]
+)
 def test_every_shape_of_window(window_length, num_sink_tokens, seed):
     """The smallest windows, rings of one slot, and windows that the stream just reaches or just misses."""
     model = build_model("qwen3", "sdpa", seed=seed)

@@ -31,7 +31,9 @@ def assert_logits_follow_the_rules(model, outputs, num_prompt_tokens: int, row: 
     assert_same(logits, expected[:, num_prompt_tokens - 1 :])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-j", "deepseek-v3", "mistral-short-window", "bloom", "mpt", "falcon-alibi"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", "gpt-j", "deepseek-v3", "mistral-short-window", "bloom", "mpt", "falcon-alibi"]
+)
 @pytest.mark.parametrize("num_prompt_tokens", [1, WINDOW_LENGTH - 1, WINDOW_LENGTH, WINDOW_LENGTH + 1, 75])
 def test_greedy_decoding_past_the_window(name, num_prompt_tokens):
     model = build_model(name)
@@ -92,7 +94,13 @@ def test_the_mask_is_inferred_from_padding_as_in_transformers(model):
 @pytest.mark.parametrize("num_return_sequences", [1, 3])
 def test_sampling_is_that_of_transformers_while_nothing_is_evicted(model, num_return_sequences):
     """Parity of the whole of generate: seed for seed the same text as with DynamicCache, scores and all."""
-    arguments = {"max_new_tokens": 20, "do_sample": True, "top_k": 20, "temperature": 0.9, "num_return_sequences": num_return_sequences}
+    arguments = {
+        "max_new_tokens": 20,
+        "do_sample": True,
+        "top_k": 20,
+        "temperature": 0.9,
+        "num_return_sequences": num_return_sequences,
+    }
     prompt = random_ids(10, num_rows=2)
     torch.manual_seed(0)
     expected = model.generate(prompt, **arguments, **RECORD, output_scores=True)
@@ -139,7 +147,9 @@ def test_eos_in_one_row_before_the_others(model):
     row_0, row_1 = free[0, 20:].tolist(), free[1, 20:].tolist()
     eos = next(token for token in row_0 if token not in row_1)
     stop = row_0.index(eos)
-    outputs = generate(prompt, model=model, max_new_tokens=30, do_sample=False, eos_token_id=eos, pad_token_id=0, **WINDOW, **RECORD)
+    outputs = generate(
+        prompt, model=model, max_new_tokens=30, do_sample=False, eos_token_id=eos, pad_token_id=0, **WINDOW, **RECORD
+    )
     assert outputs.sequences[0, 20:].tolist() == row_0[: stop + 1] + [0] * (29 - stop)
     assert outputs.sequences[1].equal(free[1])
     assert_logits_follow_the_rules(model, outputs, 20, row=1)

@@ -188,7 +188,9 @@ def test_scores_that_depend_on_the_position_itself_are_refused():
     def model(original_length: int):
         torch.manual_seed(0)
         parameters = rope | {"original_max_position_embeddings": original_length}
-        config = transformers.Ministral3Config(**arguments, max_position_embeddings=16 * original_length, rope_parameters=parameters)
+        config = transformers.Ministral3Config(
+            **arguments, max_position_embeddings=16 * original_length, rope_parameters=parameters
+        )
         return transformers.AutoModelForCausalLM.from_config(config).eval()
 
     with pytest.raises(ValueError, match="logits depend on where a text stands"):

@@ -54,7 +54,10 @@ def test_evaluate(tmp_path):
 def test_evaluate_says_when_there_is_too_little_text(tmp_path):
     text = tmp_path / "text.py"
     text.write_text("import os\n")
-    assert "Found 0 texts of 400 tokens" in run("scripts/evaluate.py", "--text", text, "--num-tokens", 400, expect_failure=True).stderr
+    assert (
+        "Found 0 texts of 400 tokens"
+        in run("scripts/evaluate.py", "--text", text, "--num-tokens", 400, expect_failure=True).stderr
+    )
 
 
 def test_benchmark():
@@ -70,13 +73,26 @@ def test_the_compatibility_table_is_what_is_found():
 
 def test_training(tmp_path):
     """A few steps; what is written can be loaded, and is not overwritten."""
-    arguments = ["scripts/train_tiny_model.py", "--output-dir", tmp_path, "--num-steps", 3, "--num-sink-steps", 1, "--batch-size", 2]
+    arguments = [
+        "scripts/train_tiny_model.py",
+        "--output-dir",
+        tmp_path,
+        "--num-steps",
+        3,
+        "--num-sink-steps",
+        1,
+        "--batch-size",
+        2,
+    ]
     assert last_line(run(*arguments))["parameters"] == 1968064
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("import os").input_ids[0] == model.config.bos_token_id
-    assert tokenizer.decode(tokenizer("def f(x):\n    return 'ä'").input_ids, skip_special_tokens=True) == "def f(x):\n    return 'ä'"
+    assert (
+        tokenizer.decode(tokenizer("def f(x):\n    return 'ä'").input_ids, skip_special_tokens=True)
+        == "def f(x):\n    return 'ä'"
+    )
     assert "--overwrite" in run(*arguments, expect_failure=True).stderr
 
 

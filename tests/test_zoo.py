@@ -84,8 +84,9 @@ def test_the_model_itself_rejects_another_rotation(model_type, monkeypatch):
         monkeypatch.setattr(
             generate_module,
             "candidate_rotations",
-            lambda head_dim, tables: [Rotation.identity(head_dim)] * (head_dim in identities)
-            + [r for r in candidates if len(r.frequency) == head_dim],
+            lambda head_dim, tables: (
+                [Rotation.identity(head_dim)] * (head_dim in identities) + [r for r in candidates if len(r.frequency) == head_dim]
+            ),
         )
         generate_module._known_traits.clear()
         assert "no known rotation" in traits_or_refusal(model)
