@@ -81,16 +81,16 @@ def test_a_wrong_rotation_explains_nothing(wrong, dtype):
     first = torch.randn(4, 1, 2, HEAD_DIM, generator=torch.Generator().manual_seed(0)).to(dtype)
     rotation = halves()
     keys = rotation.turn(first, rotation.angles(torch.zeros(4), positions)[None, :, None])
-    tolerance = generate.ROTATION_TOLERANCE[dtype]
-    assert rotation.explains(keys, positions, tolerance)
-    assert not WRONG[wrong](rotation).explains(keys, positions, tolerance)
+    tolerance, _ = generate.ROTATION_TOLERANCE[dtype]
+    assert rotation.misfit(keys, positions) <= tolerance
+    assert WRONG[wrong](rotation).misfit(keys, positions) > tolerance
 
 
 def test_keys_off_by_one_position_are_not_explained():
     positions = torch.tensor([0, 1, 256, 511])
     first = torch.randn(4, 1, 2, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     shifted = halves().turn(first, halves().angles(torch.zeros(4), positions + (positions > 0))[None, :, None])
-    assert not halves().explains(shifted, positions, 2e-3)
+    assert halves().misfit(shifted, positions) > 0.15
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -105,7 +105,7 @@ def test_no_two_candidates_explain_one_model(name):
         for rotation, (_, head_dim) in zip(layer.rotations, layer.shapes):
             keys = torch.randn(4, 1, 2, head_dim, generator=torch.Generator().manual_seed(0))
             keys = rotation.turn(keys, rotation.angles(torch.zeros(4), positions)[None, :, None])
-            fitting = [r for r in candidate_rotations(head_dim, tables) if r.explains(keys, positions, 2e-3)]
+            fitting = [r for r in candidate_rotations(head_dim, tables) if r.misfit(keys, positions) <= 2e-3]
             assert {r.fingerprint for r in fitting} == {rotation.fingerprint}
 
 

@@ -55,6 +55,23 @@ def test_exact_or_refused(model_type):
         assert_same(logits[row : row + 1], expected[:, prompt.shape[1] :])
 
 
+@pytest.mark.parametrize("model_type", TYPES)
+def test_what_is_accepted_in_float32_is_accepted_in_bfloat16(model_type):
+    """A check that takes rounding for a rotation of its own would send away the users of the most usual dtype."""
+    model = build_zoo_model(model_type)
+    exact = traits_or_refusal(model)
+    if isinstance(exact, str):
+        pytest.skip("refused")
+    for parameter in model.parameters():  # not model.to(...), which rounds the tables of frequencies, too
+        parameter.data = parameter.data.to(torch.bfloat16)
+    rounded = traits_or_refusal(model)
+    assert not isinstance(rounded, str), rounded
+    for ours, theirs in zip(rounded.layers, exact.layers):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert [r.fingerprint for r in ours.rotations] == [r.fingerprint for r in theirs.rotations]
+
+
 def test_few_are_left_out():
     assert set(LEFT_OUT) < set(ZOO_TYPES) and len(LEFT_OUT) < 12
     assert all(LEFT_OUT.values())
