@@ -38,6 +38,9 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_WINDOW_LENGTH = 256
 DEFAULT_NUM_SINK_TOKENS = 4
@@ -360,7 +363,9 @@ class Probe:
             if native_window != NO_KEYS:
                 layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
         logits = self._ask(self.cache, slice(2, 3))[:, -1]
-        self._compare(self._ask(flipped, slice(2, 3))[:, -1], logits, 1, "its scores depend on the order in which keys are cached")
+        self._compare(
+            self._ask(flipped, slice(2, 3))[:, -1], logits, 1, "its scores depend on the order in which keys are cached"
+        )
 
     def check_length(self, option: str, reason: str) -> None:
         length = getattr(self.config, option, None)
@@ -925,6 +930,8 @@ class SinkCache(Cache):
         Raises:
             ValueError: the numbers make no window, or the rules can't be kept for this model.
         """
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(f"SinkCache.from_model takes a loaded model, got {model!r} ({type(model).__name__}).")
         cache = cls(window_length, num_sink_tokens)
         cache.bind(model)
         return cache
@@ -1019,6 +1026,11 @@ class SinkCache(Cache):
         batch_size, num_columns = tokens.shape[:2]
         num_new = [num_columns]
         if attention_mask is not None:
+            if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < num_columns:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, and must have {(batch_size, num_columns)}, or more columns "
+                    "for tokens that the cache has seen."
+                )
             num_new = count_tokens(attention_mask[:, -num_columns:])
             if len(set(num_new)) == 1 and num_new[0] == num_columns:
                 num_new = [num_columns]
@@ -1071,8 +1083,8 @@ class SinkCache(Cache):
         self._require_model()
         if batch_size > 1:
             raise ValueError(
-                f"Without `prepare`, this cache can't tell the padding of a batch (here {batch_size} rows) from its tokens, and "
-                "padding would become the sinks. Call model(**cache.prepare(input_ids, attention_mask)), or generate with "
+                f"Without `prepare`, several rows (here {batch_size}) can't be served: this cache can't tell padding of a batch from its "
+                "tokens, and padding would become the sinks. Call model(**cache.prepare(input_ids, attention_mask)), or generate with "
                 "custom_generate."
             )
         self._check_unprepared(num_columns)
@@ -1487,6 +1499,13 @@ def generate(
     _check_options(model, kwargs)
 
     cache = kwargs.pop("past_key_values", None)
+    for name, value, kind in (
+        ("past_key_values", cache, Cache),
+        ("input_ids", inputs if inputs is not None else kwargs.get("input_ids"), torch.Tensor),
+        ("attention_mask", kwargs.get("attention_mask"), torch.Tensor),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, got {value!r:.50} ({type(value).__name__}).")
     if cache is None or (not _is_sink_cache(cache) and cache.get_seq_length() == 0):
         asked = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
         asked = {name: option(name) if value is None else value for name, value in asked.items()}
@@ -1494,7 +1513,7 @@ def generate(
     else:
         _check_cache(cache, window_length, num_sink_tokens)
     chunk_size = prefill_chunk_size if prefill_chunk_size is not None else option("prefill_chunk_size")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"prefill_chunk_size must be an int of at least 1, got {chunk_size!r}.")
 
     input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
@@ -1614,8 +1633,11 @@ def _unseen(prompt: Prompt, cache: SinkCache, num_copies: int) -> Prompt:
     """The part of a prompt that the cache has not seen yet."""
     tokens, mask, is_embeds = prompt.tokens, prompt.mask, prompt.name == "inputs_embeds"
     if tokens is None or tokens.ndim != (3 if is_embeds else 2) or 0 in tokens.shape:
-        shape = None if tokens is None else tuple(tokens.shape)
-        raise ValueError(f"An empty prompt, or none of the form [batch, num_tokens]: got shape {shape}. Pass at least one token.")
+        if tokens is None or 0 in tokens.shape:
+            raise ValueError("An empty prompt: pass input_ids with at least one token.")
+        raise ValueError(
+            f"A prompt must have the shape [batch, num_tokens], got {tuple(tokens.shape)}. One text is input_ids[None]."
+        )
     if cache.batch_size == len(tokens) * num_copies and num_copies > 1:
         prompt = prompt.repeat(num_copies)  # a cache that beams or several return sequences have left
         tokens, mask = prompt.tokens, prompt.mask
@@ -1629,6 +1651,13 @@ def _unseen(prompt: Prompt, cache: SinkCache, num_copies: int) -> Prompt:
     only_new = num_seen > 0 and mask is not None and mask.ndim == 2 and mask.shape[1] == num_seen + num_columns
     if only_new:  # the way of transformers: the new tokens, and a mask for all
         mask = mask[:, -num_columns:]
+        for row, last in enumerate(cache.unseen_token_ids or ()):
+            first = int(tokens[row, mask[row].argmax()]) if not is_embeds else last
+            if first != last:
+                raise ValueError(
+                    f"The last token returned for row {row}, {last}, has not been through the model, and input_ids begins with {first} "
+                    "after it. Pass sequences[:, cache.get_seq_length():] and then your new tokens."
+                )
     if mask is None:
         num_tokens = [num_columns] * num_rows
     elif mask.shape != (num_rows, num_columns):
@@ -1675,25 +1704,38 @@ def _num_already_seen(cache: SinkCache, row: int, num_tokens: int, ids: torch.Te
         starts_anew = len(first) > 0 and ids[: len(first)].equal(first[:num_tokens])
         if num_tokens <= num_seen and not starts_anew and (unseen is None or int(ids[0]) == unseen[row]):
             return 0
+    hint = ""
+    if known is not None and num_tokens > num_seen:
+        seen = torch.cat([first, recent]) if num_seen > len(recent) else recent
+        where = torch.cat([torch.arange(len(seen) - len(recent)), torch.arange(num_seen - len(recent), num_seen)])
+        wrong = (ids[where] != seen).nonzero().flatten()
+        if len(wrong):
+            at = int(where[wrong[0]])
+            hint = f" The first difference is at token {at}: {int(ids[at])} is passed, {int(seen[wrong[0]])} was seen."
+    elif known is not None and unseen is not None and int(ids[0]) != unseen[row]:
+        hint = f" New tokens have to begin with the last one that was returned, {unseen[row]}, which the cache has not seen."
     raise ValueError(
-        f"Can't tell which of the {num_tokens} tokens of row {row} are new: the cache in past_key_values has seen {num_seen}, and they "
-        "are neither those and more, nor the end of them and more, nor what comes after them. Pass (1) the whole text, unchanged, "
-        "(2) its last window_length tokens, or (3) what the cache has not seen, sequences[:, cache.get_seq_length():] and on, with an "
-        "attention_mask for the whole text. For another text, pass a new cache."
+        f"Can't tell which of the {num_tokens} tokens passed for row {row} are new: they do not continue the {num_seen} that the cache in "
+        f"past_key_values has seen.{hint} If the text was decoded and tokenized again, keep the ids: torch.cat([sequences, new_ids], "
+        f"1). Pass the whole text, its last {cache.window_length} tokens (no more, no less), or only what the cache has not seen, "
+        "sequences[:, cache.get_seq_length():] and then the new ids, with an attention_mask for the whole text; with padding, pass "
+        "attention_mask in any case. For another text, pass a new cache."
     )
 
 
 def _mask_from_padding(input_ids: torch.Tensor | None, pad_token_id, eos_token_id) -> torch.Tensor | None:
     """The mask that transformers' `generate` would infer: from a padding token that does not also end texts."""
-    eos = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
-    if (
-        input_ids is None
-        or not isinstance(pad_token_id, int)
-        or pad_token_id in eos
-        or not bool((input_ids == pad_token_id).any())
-    ):
+    if input_ids is None or input_ids.ndim != 2 or not isinstance(pad_token_id, int):
         return None
-    return (input_ids != pad_token_id).long()
+    is_padding = input_ids == pad_token_id
+    if pad_token_id not in (eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]):
+        return (~is_padding).long() if bool(is_padding.any()) else None
+    if bool(is_padding[:, 0].any()) and not bool(is_padding[:, 0].all()):
+        logger.warning(
+            "Some rows of the batch begin with the padding token, but it also ends texts and no attention_mask is passed: they are "
+            "taken for tokens, and become the sinks. Pass the attention_mask that the tokenizer returns."
+        )
+    return None
 
 
 def _option(model: torch.nn.Module, kwargs: dict, name: str):

@@ -90,7 +90,7 @@ def test_a_mistyped_argument(untouched):
 
 
 def test_chunk_length(untouched):
-    for value in (0, -1, 2.5, "all"):
+    for value in (0, -1, 2.5, "all", True):
         with pytest.raises(ValueError, match="prefill_chunk_size"):
             generate(random_ids(5), model=untouched, prefill_chunk_size=value, **WINDOW)
 
@@ -98,8 +98,10 @@ def test_chunk_length(untouched):
 @pytest.mark.parametrize(
     "ids, mask, message",
     [
-        (torch.zeros(1, 0, dtype=torch.long), None, r"empty prompt.*\(1, 0\)"),
-        (torch.arange(5), None, r"\[batch, num_tokens\].*\(5,\)"),
+        (torch.zeros(1, 0, dtype=torch.long), None, "empty prompt"),
+        (torch.arange(5), None, r"\[batch, num_tokens\], got \(5,\)"),
+        ([1, 2, 3], None, r"input_ids must be a Tensor, got \[1, 2, 3\] \(list\)"),
+        (random_ids(5), "no", r"attention_mask must be a Tensor, got 'no' \(str\)"),
         (random_ids(5), torch.ones(1, 4), r"shape \(1, 4\), and must have \(1, 5\)"),
         (random_ids(5), torch.ones(1, 1, 5, 5), r"\(1, 1, 5, 5\), and must have \(1, 5\)"),
         (random_ids(5), torch.tensor([[1, 1, 1, 0, 0]]), "row 0 has padding on the right or a hole"),
@@ -134,9 +136,9 @@ def test_a_cache_with_other_numbers(model):
 
 def test_a_cache_of_another_model(model):
     cache, other = filled(model), build_model("qwen3", seed=1)
-    ids = torch.cat([random_ids(20), random_ids(20)], 1)
+    ids = torch.full((1, 5), cache.unseen_token_ids[0])
     with pytest.raises(ValueError, match="made for another model"):
-        generate(ids, attention_mask=torch.ones(1, 62), model=other, past_key_values=cache)
+        generate(ids, attention_mask=torch.ones(1, 27), model=other, past_key_values=cache)
     with pytest.raises(ValueError, match="made for another model"):
         cache.bind(other)
 
@@ -145,8 +147,9 @@ def test_a_cache_of_another_dtype(model):
     own = copy.deepcopy(model)
     cache = filled(own)
     own.to(torch.bfloat16)
+    ids = torch.full((1, 5), cache.unseen_token_ids[0])
     with pytest.raises(ValueError, match="now in torch.bfloat16 .*made for it in torch.float32"):
-        generate(random_ids(30), attention_mask=torch.ones(1, 52), model=own, past_key_values=cache)
+        generate(ids, attention_mask=torch.ones(1, 27), model=own, past_key_values=cache)
 
 
 def test_keys_that_come_in_another_dtype():
@@ -197,7 +200,7 @@ def test_a_cache_that_was_not_told_the_model(model):
         ("qwen3", 0, random_ids(20), "20 tokens at once go past the window of 16"),
         ("gemma3", 0, random_ids(10), "10 tokens at once go past the window of 6"),
         ("qwen3", 14, random_ids(3), "3 tokens at once go past the window of 16"),
-        ("qwen3", 0, random_ids(3, num_rows=2), r"padding of a batch \(here 2 rows\)"),
+        ("qwen3", 0, random_ids(3, num_rows=2), r"several rows \(here 2\)"),
         ("bloom", 0, random_ids(3), "order of the keys"),
         ("qwen3", 40, random_ids(1), "positions that `prepare` chose"),
     ],
@@ -268,3 +271,46 @@ def test_attention_implementations_that_take_other_masks(implementation):
     model = build_model("llama", implementation)
     with pytest.raises(ValueError, match=f"{implementation}.*set_attn_implementation"):
         generate(random_ids(5), model=model, **WINDOW)
+
+
+def test_what_is_no_model_and_no_cache(untouched):
+    with pytest.raises(ValueError, match=r"takes a loaded model, got 'gpt2' \(str\)"):
+        SinkCache.from_model("gpt2")
+    with pytest.raises(ValueError, match=r"past_key_values must be a Cache, got \(1, 2\) \(tuple\)"):
+        generate(random_ids(5), model=untouched, past_key_values=(1, 2))
+
+
+def test_a_mask_for_prepare_that_is_too_short(model):
+    """Would number the tokens wrongly, without a word."""
+    cache = SinkCache.from_model(model, **WINDOW)
+    for shape in [(1, 2), (2, 4), (4,)]:
+        with pytest.raises(ValueError, match="attention_mask has shape"):
+            cache.prepare(random_ids(4), torch.ones(shape))
+
+
+def test_new_tokens_without_the_last_one_that_was_returned(model):
+    """Also when a mask says how many tokens there are: the cache knows better."""
+    cache = filled(model)
+    with pytest.raises(ValueError, match="has not been through the model"):
+        generate(
+            (cache.unseen_token_ids[0] + 1) * torch.ones(1, 4, dtype=torch.long),
+            attention_mask=torch.ones(1, 26),
+            model=model,
+            past_key_values=cache,
+        )
+    assert cache.get_seq_length() == 22
+
+
+def test_a_changed_history_is_pointed_at(model):
+    cache, text = filled(model), random_ids(40)
+    with pytest.raises(ValueError, match="first difference is at token 1: 1 is passed, .* was seen.*keep the ids"):
+        generate(text.index_fill(1, torch.tensor([1]), 1), model=model, past_key_values=cache)
+
+
+def test_padding_without_a_mask_is_warned_of(model, caplog):
+    ids = random_ids(5, num_rows=2)
+    ids[0, :3] = 7
+    transformers.logging.get_logger("generate").propagate = True
+    with caplog.at_level("WARNING"):
+        generate(ids, model=model, pad_token_id=7, eos_token_id=7, max_new_tokens=2, **WINDOW)
+    assert "become the sinks" in caplog.text

@@ -37,7 +37,7 @@ def test_defaults_are_those_of_the_code():
     filling, full = DEFAULT_PREFILL_CHUNK_SIZE
     assert f"| `window_length` | {DEFAULT_WINDOW_LENGTH} |" in README
     assert f"| `num_sink_tokens` | {DEFAULT_NUM_SINK_TOKENS} |" in README
-    assert f"| `prefill_chunk_size` | {filling}, then {full} |" in README
+    assert f"| `prefill_chunk_size` | {filling} and {full} |" in README
 
 
 def test_files_are_listed_and_listed_files_are_there():
