@@ -77,7 +77,15 @@ def test_few_are_left_out():
     assert all(LEFT_OUT.values())
 
 
+class OffByOne(Rotation):
+    """Right at position 0, and one position too far everywhere else."""
+
+    def angles(self, start, stop):
+        return super().angles(start, stop + (stop > 0))
+
+
 WRONG = {
+    "off by one position": lambda r: OffByOne(r.frequency, r.partner),
     "other pairs": lambda r: Rotation(r.frequency, r.partner.roll(1)),
     "other direction": lambda r: Rotation(-r.frequency, r.partner),
     "other table": lambda r: Rotation(r.frequency * 0.9, r.partner),
