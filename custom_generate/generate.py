@@ -1301,7 +1301,7 @@ class SinkCache(Cache):
             return None
         num_seen = self.num_tokens_seen_by_row[row]
         num_recent = num_seen if num_seen <= self.window_length else self._window.num_recent
-        ids = self._token_ids[row].cpu()
+        ids = self._token_ids[row].long().cpu()
         return ids[: min(num_seen, self.num_sink_tokens)], ids[self._window.slot(torch.arange(num_seen - num_recent, num_seen))]
 
     # The batch
@@ -1652,7 +1652,7 @@ def _unseen(prompt: Prompt, cache: SinkCache, num_copies: int) -> Prompt:
     if only_new:  # the way of transformers: the new tokens, and a mask for all
         mask = mask[:, -num_columns:]
         for row, last in enumerate(cache.unseen_token_ids or ()):
-            first = int(tokens[row, mask[row].argmax()]) if not is_embeds else last
+            first = last if is_embeds else int(tokens[row, mask[row].long().argmax()])
             if first != last:
                 raise ValueError(
                     f"The last token returned for row {row}, {last}, has not been through the model, and input_ids begins with {first} "
@@ -1671,7 +1671,7 @@ def _unseen(prompt: Prompt, cache: SinkCache, num_copies: int) -> Prompt:
         raise ValueError(f"Row {num_tokens.index(0)} of the prompt is all padding: there is nothing to continue.")
     if num_seen > 0 and not only_new:
         num_tokens = [
-            num - _num_already_seen(cache, row, num, None if is_embeds else tokens[row, num_columns - num :].cpu())
+            num - _num_already_seen(cache, row, num, None if is_embeds else tokens[row, num_columns - num :].long().cpu())
             for row, num in enumerate(num_tokens)
         ]
     num_columns = max(num_tokens)

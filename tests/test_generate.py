@@ -225,7 +225,7 @@ def turns(model, how: str, num_turns: int = 4, **kwargs):
         if how.startswith("new"):
             inputs = {"input_ids": text[:, seen:]}
             if how == "new-with-mask":
-                inputs["attention_mask"] = torch.ones_like(text)
+                inputs["attention_mask"] = torch.ones_like(text, dtype=torch.bool)
         outputs = generate(**inputs, model=model, past_key_values=cache, max_new_tokens=5, do_sample=False, **RECORD, **kwargs)
         assert outputs.past_key_values is cache
         text = torch.cat([text, outputs.sequences[:, inputs["input_ids"].shape[1] :]], dim=1)
