@@ -1032,8 +1032,6 @@ class SinkCache(Cache):
                     "for tokens that the cache has seen."
                 )
             num_new = count_tokens(attention_mask[:, -num_columns:])
-            if len(set(num_new)) == 1 and num_new[0] == num_columns:
-                num_new = [num_columns]
         self._begin(batch_size, num_columns, num_new)
         self._pass.input_ids = input_ids
 
@@ -1091,7 +1089,6 @@ class SinkCache(Cache):
         self._begin(batch_size, num_columns, [num_columns], is_prepared=False)
 
     def _check_unprepared(self, num_columns: int) -> None:
-        self._require_model()
         num_after = self.num_tokens_seen + num_columns
         length = min(group.window.length for group in self._groups)
         reason = None
@@ -1156,13 +1153,12 @@ class SinkCache(Cache):
             for states in self._states:
                 states.move_back(back)
         if len(set(zip(num_seen, num_new, base))) == 1:  # all rows alike: one number serves them all
-            num_seen, num_new, base = num_seen[:1], num_new[:1], base[:1]
+            num_seen, num_new, num_seen_after, base = num_seen[:1], num_new[:1], num_seen_after[:1], base[:1]
         self._num_seen, self._base = num_seen, base
         device = self._groups[0].traits.device
         steps = {w: Step(w, num_seen, num_new, num_columns, base, device, self._traits.is_ordered) for w in windows}
         for states in self._states:
             states.begin(steps[states.window], self._is_recording)
-        num_seen_after = [seen + new for seen, new in zip(num_seen, num_new)]
         self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated=not evicts and not self._traits.is_recurrent)
 
     def _positions_back(self, num_seen: list[int], num_seen_after: list[int], base: list[int]) -> list[int]:
@@ -1415,8 +1411,9 @@ def count_tokens(attention_mask: torch.Tensor) -> list[int]:
     if attention_mask.ndim != 2:
         raise ValueError(f"attention_mask must be [batch, length], got shape {tuple(attention_mask.shape)}.")
     is_token = attention_mask.bool()
-    if bool((is_token[:, :-1] & ~is_token[:, 1:]).any()):
-        row = int((is_token[:, :-1] & ~is_token[:, 1:]).any(dim=1).nonzero()[0])
+    rows = (is_token[:, :-1] & ~is_token[:, 1:]).any(dim=1)  # padding after a token
+    if bool(rows.any()):
+        row = int(rows.nonzero()[0])
         raise ValueError(
             f"attention_mask of row {row} has padding on the right or a hole: tokens after it would be numbered wrongly. Pad on the "
             'left, tokenizer(..., padding=True, padding_side="left").'

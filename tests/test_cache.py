@@ -202,25 +202,25 @@ def test_the_model_may_prepare_passes_itself_one_token_at_a_time():
         assert_same(torch.cat(logits, 1), oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS))
 
 
-def test_a_pass_that_is_interrupted_can_be_repeated(model, monkeypatch):
-    """Ctrl-C in a layer in the middle, at a single token: the next try finds everything as it was."""
-    cache, streams = filled(model, 50)
-    layer = model.model.layers[2]
+def interrupt_a_pass(model, cache: SinkCache, input_ids: torch.Tensor, monkeypatch) -> None:
+    """Ctrl-C in the third of four layers, in one pass over these tokens."""
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "forward", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(model.model.layers[2], "forward", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            feed(model, cache, streams[:, 50:51], [1])
+            feed(model, cache, input_ids, [input_ids.shape[1]])
+
+
+def test_a_pass_that_is_interrupted_can_be_repeated(model, monkeypatch):
+    """At a single token: the next try finds everything as it was."""
+    cache, streams = filled(model, 50)
+    interrupt_a_pass(model, cache, streams[:, 50:51], monkeypatch)
     assert cache.num_tokens_seen == 50
     assert_goes_on(model, cache, streams, 50)
 
 
 def test_an_interrupted_pass_that_can_not_be_repeated_is_not_glossed_over(model, monkeypatch):
     cache, streams = filled(model, 50)
-    layer = model.model.layers[2]
-    with monkeypatch.context() as patch:
-        patch.setattr(layer, "forward", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            feed(model, cache, streams[:, 50:60], [10])
+    interrupt_a_pass(model, cache, streams[:, 50:60], monkeypatch)
     with pytest.raises(ValueError, match=r"interrupted after 2 of 4 layers.*reset\(\)"):
         cache.prepare(streams[:, 50:51])
     cache.reset()
