@@ -29,15 +29,7 @@ import weakref
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers import Cache, DynamicCache, cache_utils
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -47,6 +39,73 @@ DEFAULT_NUM_SINK_TOKENS = 4
 # Tokens of a prompt that go through the model in one pass: before the window is full, and after. A pass over a full window
 # attends to one moved copy of the sinks per token, so longer passes cost more memory and gain little.
 DEFAULT_PREFILL_CHUNK_SIZE = (1024, 128)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What differs between releases of transformers
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Told by what is there, not by the number of a release, so that the next one has a chance to just work. What transformers hands to
+# our methods in one form or another (`update`, `get_mask_sizes`, `crop`) is taken in either, where it comes.
+
+# The caches of models know which layers have native windows (since 4.56).
+HAS_LAYERS_BY_CONFIG = "config" in inspect.signature(DynamicCache.__init__).parameters
+# Models ask the cache how many keys a pass is handed, and take one mask for each type of layer (since 4.53). Before, there is one mask
+# for all, which grows with the text if the model makes it, and has to be of floats.
+MODELS_ASK_FOR_MASK_SIZES = hasattr(Cache, "get_mask_sizes")
+# Models ask the cache where the queries of a pass stand among its keys (since 5.16). Before, they take the number of tokens seen,
+# which hides all keys behind a native window.
+MODELS_ASK_FOR_QUERY_OFFSET = hasattr(Cache, "get_query_offset")
+
+
+def _layer_class(name: str) -> type:
+    """A class of cache layers; an empty one where the release has no such layers."""
+    return getattr(cache_utils, name, None) or type(name, (), {})
+
+
+DynamicLayer = _layer_class("DynamicLayer")
+DynamicSlidingWindowLayer = _layer_class("DynamicSlidingWindowLayer")
+LinearAttentionLayer = _layer_class("LinearAttentionLayer")
+DummyLayer = _layer_class("DummyLayer")
+FULL_ATTENTION = DynamicLayer, _layer_class("LinearAttentionAndFullAttentionLayer")
+SLIDING_ATTENTION = DynamicSlidingWindowLayer, _layer_class("LinearAttentionAndSlidingWindowAttentionLayer")
+
+
+def _layer_types(config) -> list[str] | None:
+    """One name a layer, where the model takes one mask for each type of layer."""
+    return getattr(config, "layer_types", None) or None if MODELS_ASK_FOR_MASK_SIZES else None
+
+
+def _own_cache(config) -> DynamicCache:
+    """The cache that the model's own `generate` would make."""
+    return DynamicCache(config=config) if HAS_LAYERS_BY_CONFIG else DynamicCache()
+
+
+def _own_layers(config) -> list:
+    """The layers of that cache, new; or what stands for them where a release does not tell them apart."""
+    if HAS_LAYERS_BY_CONFIG:
+        return DynamicCache(config=config).layers
+    sliding_window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    default = "full_attention" if sliding_window is None else "sliding_attention"
+    layers = []
+    for layer_type in _layer_types(config) or [default] * config.num_hidden_layers:
+        layers.append(DynamicSlidingWindowLayer() if layer_type == "sliding_attention" else DynamicLayer())
+        layers[-1].sliding_window = sliding_window
+    return layers
+
+
+def _recurrent_states(layer) -> list[torch.Tensor]:
+    """The recurrent and convolutional states of a layer: one of each, or several with names (since 5.14)."""
+    states = [layer.conv_states, layer.recurrent_states]
+    states = [each for state in states for each in (state.values() if isinstance(state, dict) else [state])]
+    return [state for state in states if state is not None]
+
+
+def _cached_states(cache: DynamicCache) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Keys and values of each layer."""
+    if hasattr(cache, "layers"):  # since 4.54
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +325,7 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     probe.check_length("keep_window_size", "from there on it chooses among its keys")  # Doge
     if not has_rotation:
         probe.check_length("max_seq_len", "its position biases end there")  # MPT
-    layer_types = getattr(probe.config, "layer_types", None)
+    layer_types = _layer_types(probe.config)
     return ModelTraits(
         layers=layers,
         turns_at=probe.turns_at,
@@ -295,6 +354,8 @@ class Probe:
         self.config = model.config.get_text_config(decoder=True)
         if "chunked_attention" in (getattr(self.config, "layer_types", None) or ()):
             raise self._refusal("its layers with chunked attention need masks of another kind")
+        if not MODELS_ASK_FOR_MASK_SIZES and any(getattr(module, "is_sliding", False) for module in model.modules()):
+            raise self._refusal("its layers change the mask they are given. With transformers 4.53 they don't")
         self.accepted = inspect.signature(model.forward).parameters
         self.num_positions = _num_positions(model, self.config) if "position_ids" in self.accepted else None
         if self.num_positions is not None and 2 * window_length > self.num_positions:
@@ -306,7 +367,7 @@ class Probe:
         turns_at = max(2 * window_length, MIN_TURN_IN_16_BITS if model.dtype.itemsize == 2 else 0)
         self.turns_at = min(turns_at, self.num_positions or turns_at)
         with self._looking():
-            own_layers = DynamicCache(config=self.config).layers
+            own_layers = _own_layers(self.config)
         self.native_windows = [self._native_window(index, layer) for index, layer in enumerate(own_layers)]
         self.is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in own_layers)
 
@@ -317,28 +378,28 @@ class Probe:
             self.texts = torch.tensor([[a, a, b], [b, b, a]])
             # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
             needs_own = self.is_recurrent or any(isinstance(layer, DummyLayer) for layer in own_layers)
-            self.cache = DynamicCache(config=self.config) if needs_own else DynamicCache()
+            self.cache = _own_cache(self.config) if needs_own else DynamicCache()
             self.logits = self._ask(self.cache, slice(0, 3))
 
     def layers(self) -> tuple[LayerTraits | None, ...]:
         """What there is to know of each layer: how its keys move, and its shapes."""
-        cached = self.cache.layers
+        cached = _cached_states(self.cache)
         holds_keys = [window != NO_KEYS for window in self.native_windows]
-        if not any(holds_keys) or len(cached) != len(holds_keys) or any(c.keys is None for c, h in zip(cached, holds_keys) if h):
+        if not any(holds_keys) or len(cached) != len(holds_keys) or any(c[0] is None for c, h in zip(cached, holds_keys) if h):
             raise self._refusal("attention layers do not put their keys and values into its cache")
         tables = _inverse_frequencies(self.model, self.config)
         traits = []
-        for index, (layer, native_window) in enumerate(zip(cached, self.native_windows)):
+        for index, (states, native_window) in enumerate(zip(cached, self.native_windows)):
             if native_window == NO_KEYS:
                 traits.append(None)
                 continue
-            states = layer.keys, layer.values
-            if layer.keys.dtype != layer.values.dtype:
-                dtypes = f"keys in {layer.keys.dtype} and values in {layer.values.dtype}"
+            keys, values = states
+            if keys.dtype != values.dtype:
+                dtypes = f"keys in {keys.dtype} and values in {values.dtype}"
                 raise self._refusal(f"it has {dtypes} (under autocast?). Put it into one dtype, model.to(dtype)")
             rotations = tuple(self._rotation(index, each.cpu(), tables).to(each.device) for each in states)
             shapes = tuple((each.shape[1], each.shape[3]) for each in states)
-            traits.append(LayerTraits(native_window, rotations, shapes, layer.keys.dtype, layer.keys.device))
+            traits.append(LayerTraits(native_window, rotations, shapes, keys.dtype, keys.device))
         return tuple(traits)
 
     def check_that_logits_depend_on_distances_only(self) -> None:
@@ -347,7 +408,7 @@ class Probe:
         self._compare(logits, at_first_position, 1, "its logits depend on where a text stands, not only on distances")
 
     def check_that_texts_can_be_split(self) -> None:
-        cache = DynamicCache(config=self.config)
+        cache = _own_cache(self.config)
         self._ask(cache, slice(0, 1))
         logits = self._ask(cache, slice(1, 3))
         reason = (
@@ -420,9 +481,9 @@ class Probe:
 
     def _native_window(self, index: int, layer) -> int | str | None:
         """The sliding window of a layer of the model's own cache: None for full attention, `NO_KEYS` for a layer without keys."""
-        if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+        if type(layer) in FULL_ATTENTION:
             return None
-        if type(layer) in (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+        if type(layer) in SLIDING_ATTENTION:
             return layer.sliding_window
         if type(layer) in (LinearAttentionLayer, DummyLayer):
             return NO_KEYS
@@ -460,19 +521,18 @@ def _inverse_frequencies(model: torch.nn.Module, config) -> list[torch.Tensor]:
 def _num_positions(model: torch.nn.Module, config) -> int | None:
     """The position from which on the model computes positions in another way or not at all, None if there is none."""
     limits = []
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}  # since 5.0; before
+    places = [parameters, *(each for each in parameters.values() if isinstance(each, dict)), vars(config)]
+    originals = [each["original_max_position_embeddings"] for each in places if "original_max_position_embeddings" in each]
     for module in model.modules():
         rope_types = getattr(module, "rope_type", None) or ()
         rope_types = rope_types.values() if isinstance(rope_types, dict) else [rope_types]
         if any("dynamic" in rope_type for rope_type in rope_types):
             limits.append(module.original_max_seq_len)
         if any(rope_type == "longrope" for rope_type in rope_types):
-            parameters = config.rope_parameters
-            for each in [parameters, *parameters.values()]:
-                if isinstance(each, dict) and "original_max_position_embeddings" in each:
-                    limits.append(each["original_max_position_embeddings"])
-    parameters = getattr(config, "rope_parameters", None) or {}
+            limits += originals
     if parameters.get("llama_4_scaling_beta"):  # Ministral 3: queries are scaled from there on
-        limits.append(parameters["original_max_position_embeddings"])
+        limits += originals
     if not any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
         limits.append(getattr(config, "max_position_embeddings", None))  # tables of that length
     return min((limit for limit in limits if limit is not None), default=None)
@@ -821,9 +881,9 @@ class SinkLayer:
 class RecurrentSinkLayer(SinkLayer, LinearAttentionLayer):
     """A layer that has both, keys and values and a recurrent or convolutional state of transformers' own."""
 
-    def __init__(self, group: LayerGroup, index: int, is_sliding: bool, number_of_states: int):
+    def __init__(self, group: LayerGroup, index: int, is_sliding: bool, own: LinearAttentionLayer):
+        vars(self).update(vars(own))  # as transformers made it for this model
         SinkLayer.__init__(self, group, index, is_sliding)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
 
 class SinkCache(Cache):
@@ -851,7 +911,9 @@ class SinkCache(Cache):
 
     def __init__(self, window_length: int = DEFAULT_WINDOW_LENGTH, num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS):
         _check_numbers(window_length, num_sink_tokens)
-        super().__init__(layers=[])
+        self.layers = []
+        if HAS_LAYERS_BY_CONFIG:
+            super().__init__(layers=self.layers)
         self.window_length = window_length
         self.num_sink_tokens = num_sink_tokens
         self._window = Window(window_length, num_sink_tokens)
@@ -885,15 +947,14 @@ class SinkCache(Cache):
     @property
     def num_bytes_held(self) -> int:
         """Bytes of all tensors of the cache."""
-        own = [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
-        recurrent = [t for layer in own for t in (*layer.conv_states.values(), *layer.recurrent_states.values()) if t is not None]
+        recurrent = [_recurrent_states(layer) for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
         return (
             sum(states.num_bytes for states in self._states)
-            + sum(t.nbytes for t in recurrent)
+            + sum(state.nbytes for states in recurrent for state in states)
             + (0 if self._token_ids is None else self._token_ids.nbytes)
         )
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Tokens seen, as for every cache of transformers: what `generate` continues from."""
         return self.num_tokens_seen
 
@@ -987,12 +1048,12 @@ class SinkCache(Cache):
 
     def _make_layers(self) -> None:
         """One object a layer: ours for its keys and values, transformers' own for any other state."""
-        layers = DynamicCache(config=self._config).layers
+        layers = _own_layers(self._config)
         for group in self._groups:
             for number, index in enumerate(group.layers):
                 is_sliding = self._traits.layers[index].native_window == group.window.length
                 if isinstance(layers[index], LinearAttentionLayer):
-                    layers[index] = RecurrentSinkLayer(group, number, is_sliding, layers[index].number_of_states)
+                    layers[index] = RecurrentSinkLayer(group, number, is_sliding, layers[index])
                 else:
                     layers[index] = SinkLayer(group, number, is_sliding)
         self.layers = layers
@@ -1096,6 +1157,8 @@ class SinkCache(Cache):
             reason = f"{num_columns} tokens at once go past the window of {length}, and need a mask of their own"
         elif self._traits.is_ordered:
             reason = "the scores of this model depend on the order of the keys, which it takes from the mask"
+        elif not self._model_makes_causal_masks:
+            reason = "the mask that this release of transformers makes does not fit to the keys of a window"
         elif self._traits.is_recurrent:
             reason = "the recurrent layers of this model are told by `prepare` what is padding, and positions by nobody else"
         elif any(self._base):
@@ -1197,12 +1260,13 @@ class SinkCache(Cache):
             held = step.is_held.long()
             return held.expand(self._batch_size, -1).to(device)
         padding = self._padding(device)
-        if all(steps[group.window].is_causal for group in self._groups) and (padding is None or not self._traits.is_recurrent):
+        is_causal = all(steps[group.window].is_causal for group in self._groups) and (padding is None or not self._traits.is_recurrent)
+        if is_causal and self._model_makes_causal_masks:
             return None
         masks = {}
         for group in self._groups:
             visible = steps[group.window].visible()[:, None].to(device)
-            if self._config._attn_implementation != "sdpa":  # eager adds it to the scores
+            if self._config._attn_implementation != "sdpa" or not MODELS_ASK_FOR_MASK_SIZES:  # it is added to the scores
                 dtype = group.traits.dtype
                 lowest = torch.finfo(dtype).min
                 visible = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, lowest)
@@ -1221,6 +1285,14 @@ class SinkCache(Cache):
                 "conv": padding,
             }
         return masks if self._traits.layer_types else masks[None]
+
+    @property
+    def _model_makes_causal_masks(self) -> bool:
+        """Whether the model's own mask is right, and of the length of the window, when new tokens see all that is handed out."""
+        has_native_windows = any(layer and layer.native_window for layer in self._traits.layers)
+        if not MODELS_ASK_FOR_MASK_SIZES and self._config._attn_implementation != "sdpa":
+            return False
+        return MODELS_ASK_FOR_QUERY_OFFSET or not has_native_windows
 
     def _padding(self, device: torch.device) -> torch.Tensor | None:
         """The mask of the columns of this pass, `[batch, num_columns]`; None if none is padding."""
@@ -1453,6 +1525,8 @@ UNSUPPORTED_OPTIONS = {
 }
 # What `SinkCache.prepare` brings.
 PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
+# What `generate` makes longer with each token, and the cache has no need of.
+GROWING_INPUTS = ("attention_mask", "position_ids")
 # Values of those options that mean what is done anyway.
 _NEUTRAL_VALUES = {"guidance_scale": (1, 1.0), "num_beam_groups": (1,)}
 
@@ -1556,13 +1630,15 @@ def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size
     """
     view = copy.copy(model)
     view.generation_config = _without_cache_options(model.generation_config)
-    prepare_inputs = model.prepare_inputs_for_generation
+    prepare_inputs, update_kwargs = model.prepare_inputs_for_generation, model._update_model_kwargs_for_generation
+    takes_length = "next_sequence_length" in inspect.signature(prepare_inputs).parameters
+    only_last = {"next_sequence_length": 1} if takes_length else {}
     num_other = None  # columns of `input_ids` less tokens seen: a constant, once the prompt has been fed
 
     @functools.wraps(prepare_inputs)
     def prepare_inputs_for_generation(input_ids, *args, **kwargs):
         nonlocal num_other
-        others = prepare_inputs(input_ids, *args, **kwargs | {"next_sequence_length": 1})
+        others = prepare_inputs(input_ids[:, -1:], *args, **kwargs | only_last)
         others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
         if num_other is not None:
             return others | cache.prepare(input_ids[:, num_other + cache.get_seq_length() :].to(model.device))
@@ -1575,7 +1651,20 @@ def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size
         num_other = input_ids.shape[1] - cache.get_seq_length() - chunk.num_columns
         return others | prepared
 
+    @functools.wraps(update_kwargs)
+    def update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs):
+        kept = {name: value for name, value in model_kwargs.items() if name not in GROWING_INPUTS}
+        return update_kwargs(outputs, kept, *args, **kwargs)
+
+    if hasattr(model, "_get_initial_cache_position"):  # before 5.4: it takes what is new from the length of `input_ids`
+
+        def get_initial_cache_position(length, device, model_kwargs):
+            model_kwargs["cache_position"] = torch.ones(1, dtype=torch.long, device=device)  # which is not read, but counted on
+            return model_kwargs
+
+        view._get_initial_cache_position = get_initial_cache_position
     view.prepare_inputs_for_generation = prepare_inputs_for_generation
+    view._update_model_kwargs_for_generation = update_model_kwargs_for_generation
     return view
 
 

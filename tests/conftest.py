@@ -29,7 +29,7 @@ def tiny_model_folder() -> str:
 def tiny_model():
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(ROOT, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(ROOT).float().eval()
 
 
 @pytest.fixture(scope="session")

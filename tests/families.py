@@ -1,5 +1,6 @@
 """Small models, one for each family and kind of position embedding: config, seed, nothing downloaded."""
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -129,8 +130,29 @@ ORDERED = {"falcon-alibi", "bloom", "mpt"}
 
 def build_config(name: str, **overrides):
     class_name, arguments = FAMILIES[name]
+    if not hasattr(transformers, class_name):
+        pytest.skip(f"transformers {transformers.__version__} has no {class_name}")
     common = {key: value for key, value in COMMON.items() if not ({"n_embd", "d_model"} & arguments.keys()) or "num_" not in key}
-    return getattr(transformers, class_name)(**{**common, **arguments, **overrides})
+    arguments = {**common, **arguments, **overrides}
+    if not hasattr(transformers.LlamaConfig(), "rope_parameters"):  # before 5.0
+        arguments |= old_rope_arguments(arguments.pop("rope_parameters", {}))
+    return getattr(transformers, class_name)(**arguments)
+
+
+def old_rope_arguments(parameters: dict) -> dict:
+    """`rope_parameters` as transformers 4 wants them."""
+    arguments = {}
+    if "sliding_attention" in parameters:
+        arguments["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        parameters = parameters["full_attention"]
+    if "rope_theta" in parameters:
+        arguments["rope_theta"] = parameters["rope_theta"]
+    if parameters.get("rope_type", "default") != "default":
+        arguments["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    if parameters.get("rope_type") == "longrope":  # of which a part stands in the config itself, and Phi-3 takes three numbers only
+        scaling = arguments["rope_scaling"]
+        arguments["rope_scaling"] = {"type": "longrope"} | {key: scaling[key] for key in ("short_factor", "long_factor")}
+    return arguments
 
 
 def build_model(name: str, attn_implementation: str = "eager", dtype=torch.float32, seed: int = 0, **overrides):

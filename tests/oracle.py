@@ -6,29 +6,71 @@ d .. d+S-1, d = t-W+1, in a fresh cache; their keys and values are put in front 
 at position t on that. The keys of the window are never touched, and no rotation is computed here.
 
 A layer with a native window of at most W sees its last tokens only, and no sinks. A recurrent state goes on from token to token.
-Each token gets a cache of transformers' own layers, so the model makes its masks by itself.
+Each token gets a cache of transformers' own layers, so the model makes its masks by itself; but before 5.16, where it can't for
+caches with native windows, it is given one in which all that is cached is visible.
 """
 
 import inspect
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers import Cache, DynamicCache, cache_utils
 
 # Largest difference from the oracle that counts as equal, in standard deviations of the logits.
 TOLERANCE = 1e-3
 
-
-def own_layers(model, window_length: int) -> list:
-    """The layers of the model's own cache, full attention in place of native windows that are longer than the window."""
-    layers = DynamicCache(config=model.config).layers
-    return [DynamicLayer() if getattr(layer, "sliding_window", 0) > window_length else layer for layer in layers]
+HAS_LAYERS_BY_CONFIG = "config" in inspect.signature(DynamicCache.__init__).parameters  # since 4.56
+MODELS_ASK_FOR_QUERY_OFFSET = hasattr(Cache, "get_query_offset")  # since 5.16
 
 
-def cache_of(layers: list) -> DynamicCache:
+def native_windows(model, window_length: int) -> list[int | None]:
+    """The native window of each layer, None for full attention and for those that are longer than the window."""
+    config = model.config
+    if HAS_LAYERS_BY_CONFIG:
+        lengths = [getattr(layer, "sliding_window", None) for layer in own_cache(config).layers]
+    else:
+        is_sliding = [kind == "sliding_attention" for kind in layer_types_of(config) or ()]
+        length = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        lengths = [length if sliding else None for sliding in is_sliding or [True] * config.num_hidden_layers]
+    return [None if length is None or length > window_length else length for length in lengths]
+
+
+def layer_types_of(config) -> list[str] | None:
+    """The types of layers that get a mask each, since 4.53."""
+    return getattr(config, "layer_types", None) if hasattr(Cache, "get_mask_sizes") else None
+
+
+def own_cache(config) -> DynamicCache:
+    """The cache that the model's own `generate` would make."""
+    return DynamicCache(config=config) if HAS_LAYERS_BY_CONFIG else DynamicCache()
+
+
+def new_cache(model, windows: list[int | None]) -> DynamicCache:
+    """The model's own, with full attention in place of native windows that are longer than the window."""
     cache = DynamicCache()
-    cache.layers, cache.layer_class_to_replicate = layers, None
+    if HAS_LAYERS_BY_CONFIG:
+        layers = own_cache(model.config).layers
+        is_longer = [window is None and hasattr(layer, "sliding_window") for layer, window in zip(layers, windows)]
+        cache.layers = [cache_utils.DynamicLayer() if longer else layer for layer, longer in zip(layers, is_longer)]
+        cache.layer_class_to_replicate = None
     return cache
+
+
+def states_of(cache: DynamicCache, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys and values of one layer."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return cache.key_cache[index], cache.value_cache[index]
+    keys = getattr(layers[index], "keys", None)
+    return None if keys is None or not keys.numel() else (keys, layers[index].values)
+
+
+def copy_recurrent_states(before: DynamicCache, cache: DynamicCache) -> None:
+    """The state goes on, without the keys of its layer if it has any."""
+    mixin = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
+    not_state = {*vars(cache_utils.DynamicLayer()), "cumulative_length", "sliding_window"} if mixin else ()
+    for old, new in zip(getattr(before, "layers", ()), getattr(cache, "layers", ())):
+        if isinstance(new, mixin):
+            vars(new).update({name: value for name, value in vars(old).items() if name not in not_state})
 
 
 @torch.no_grad()
@@ -48,44 +90,47 @@ def oracle_logits(
     has_positions = "position_ids" in inspect.signature(model.forward).parameters
     first = input_ids[:, :num_sink_tokens] if sinks is None else sinks
     num_recent = window_length - num_sink_tokens - 1
-    layers = own_layers(model, window_length)
-    stored: list[list[tuple]] = [[] for _ in layers]  # keys and values of each token, by layer
+    windows = native_windows(model, window_length)
+    needs_mask = any(windows) and not MODELS_ASK_FOR_QUERY_OFFSET
+    stored: list[list[tuple]] = [[] for _ in windows]  # keys and values of each token, by layer
 
-    def run(ids: torch.Tensor, position: int, cache: DynamicCache) -> torch.Tensor:
+    def run(ids: torch.Tensor, position: int, cache: DynamicCache, mask=None) -> torch.Tensor:
         positions = {"position_ids": torch.arange(position, position + ids.shape[1])[None]} if has_positions else {}
-        return model(ids, past_key_values=cache, use_cache=True, **positions).logits
+        return model(ids, past_key_values=cache, use_cache=True, attention_mask=mask, **positions).logits
 
     def last(states: list, num: int) -> list:
         return states[-num:] if num else []
 
-    logits = []
+    def all_visible(num_kept: list[int]):
+        """One mask, or one for each type of layer."""
+        masks = [torch.zeros(1, 1, 1, num + 1) for num in num_kept]
+        layer_types = layer_types_of(model.config)
+        return dict(zip(layer_types, masks)) if layer_types else masks[0]
+
+    logits, cache = [], new_cache(model, windows)
     for token in range(input_ids.shape[1]):
         is_full = token >= window_length
         if is_full and num_sink_tokens:
-            sink_cache = cache_of(own_layers(model, window_length))
+            sink_cache = new_cache(model, windows)
             run(first, token - window_length + 1 if shift else 0, sink_cache)
-        before, layers = layers, own_layers(model, window_length)
-        for index, layer in enumerate(layers):
-            if isinstance(layer, LinearAttentionCacheLayerMixin):  # the state goes on; with keys of its own layer, if it has any
-                state = {name: value for name, value in vars(before[index]).items() if name not in vars(DynamicLayer())}
-                vars(layer).update(
-                    {name: value for name, value in state.items() if name not in ("cumulative_length", "sliding_window")}
-                )
-            if not stored[index]:
-                continue
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                kept = last(stored[index], layer.sliding_window - 1)
+        before, cache = cache, new_cache(model, windows)
+        copy_recurrent_states(before, cache)
+        num_kept = []
+        for index, window in enumerate(windows):
+            if window is not None:
+                kept = last(stored[index], window - 1)
             elif is_full:
                 kept = last(stored[index], num_recent)
-                if num_sink_tokens:
-                    kept = [(sink_cache.layers[index].keys, sink_cache.layers[index].values), *kept]
+                if num_sink_tokens and stored[index]:
+                    kept = [states_of(sink_cache, index), *kept]
             else:
                 kept = stored[index]
             if kept:
-                layer.update(torch.cat([keys for keys, _ in kept], 2), torch.cat([values for _, values in kept], 2))
-        logits.append(run(input_ids[:, token : token + 1], token, cache_of(layers)))
-        for index, layer in enumerate(layers):
-            if getattr(layer, "keys", None) is not None and layer.keys.numel():
-                # a window of one token keeps none
-                stored[index].append((layer.keys[:, :, -1:], layer.values[:, :, -1:]))
+                cache.update(torch.cat([keys for keys, _ in kept], 2), torch.cat([values for _, values in kept], 2), index)
+            num_kept.append(sum(keys.shape[2] for keys, _ in kept))
+        logits.append(run(input_ids[:, token : token + 1], token, cache, all_visible(num_kept) if needs_mask else None))
+        for index in range(len(windows)):
+            states = states_of(cache, index)
+            if states is not None:  # a window of one token keeps none
+                stored[index].append(tuple(each[:, :, -1:] for each in states))
     return torch.cat(logits, dim=1)

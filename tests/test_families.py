@@ -5,8 +5,7 @@ import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
 from families import EAGER_ONLY, FAMILIES, ORDERED, build_model
 from generate import SinkCache
-from oracle import TOLERANCE, oracle_logits
-from transformers import DynamicCache
+from oracle import TOLERANCE, oracle_logits, own_cache
 
 CASES = [
     pytest.param(name, implementation, id=f"{name}-{implementation}")
@@ -31,7 +30,7 @@ def test_logits_equal_the_oracle_however_the_tokens_are_fed(name, implementation
     input_ids = random_ids()
     expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
     with torch.no_grad():
-        full = model(input_ids, past_key_values=DynamicCache(config=model.config)).logits
+        full = model(input_ids, past_key_values=own_cache(model.config)).logits
     assert_same(full[:, :WINDOW_LENGTH], expected[:, :WINDOW_LENGTH])
     for sizes in [[9, 7] + [1] * 64] if name in ORDERED else SPLITS.values():
         cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
