@@ -50,9 +50,8 @@ DEFAULT_PREFILL_CHUNK_SIZE = (1024, 128)
 
 # The caches of models know which layers have native windows (since 4.56).
 HAS_LAYERS_BY_CONFIG = "config" in inspect.signature(DynamicCache.__init__).parameters
-# Models ask the cache how many keys a pass is handed, and take one mask for each type of layer (since 4.53). Before, there is one mask
-# for all, which grows with the text if the model makes it, and has to be of floats.
-MODELS_ASK_FOR_MASK_SIZES = hasattr(Cache, "get_mask_sizes")
+# Layers of a model have types (since 4.53). A config may name them before, but nothing reads it.
+HAS_LAYER_TYPES = hasattr(Cache, "get_mask_sizes")
 # Models ask the cache where the queries of a pass stand among its keys (since 5.16). Before, they take the number of tokens seen,
 # which hides all keys behind a native window.
 MODELS_ASK_FOR_QUERY_OFFSET = hasattr(Cache, "get_query_offset")
@@ -71,9 +70,12 @@ FULL_ATTENTION = DynamicLayer, _layer_class("LinearAttentionAndFullAttentionLaye
 SLIDING_ATTENTION = DynamicSlidingWindowLayer, _layer_class("LinearAttentionAndSlidingWindowAttentionLayer")
 
 
-def _layer_types(config) -> list[str] | None:
-    """One name a layer, where the model takes one mask for each type of layer."""
-    return getattr(config, "layer_types", None) or None if MODELS_ASK_FOR_MASK_SIZES else None
+def _makes_masks_itself(model: torch.nn.Module) -> bool:
+    """Whether this is a model of the old kind (all before 4.53, the last ones in 5.1), which does not leave masks to transformers.
+
+    It takes one mask for all layers, with floats that are added to the scores. One that it makes by itself covers the whole text.
+    """
+    return any(hasattr(module, "_update_causal_mask") for module in model.modules())
 
 
 def _own_cache(config) -> DynamicCache:
@@ -88,7 +90,8 @@ def _own_layers(config) -> list:
     sliding_window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     default = "full_attention" if sliding_window is None else "sliding_attention"
     layers = []
-    for layer_type in _layer_types(config) or [default] * config.num_hidden_layers:
+    layer_types = getattr(config, "layer_types", None) if HAS_LAYER_TYPES else None
+    for layer_type in layer_types or [default] * config.num_hidden_layers:
         layers.append(DynamicSlidingWindowLayer() if layer_type == "sliding_attention" else DynamicLayer())
         layers[-1].sliding_window = sliding_window
     return layers
@@ -265,6 +268,7 @@ class ModelTraits:
         is_ordered: scores depend on the order in which keys are handed out (ALiBi), and keys do not depend on positions.
         is_recurrent: there are recurrent or convolutional states.
         layer_types: one name a layer, where the model takes one mask for each type of layer. Else None.
+        has_old_masks: `_makes_masks_itself`.
     """
 
     layers: tuple[LayerTraits | None, ...]
@@ -273,6 +277,7 @@ class ModelTraits:
     is_ordered: bool
     is_recurrent: bool
     layer_types: tuple[str, ...] | None
+    has_old_masks: bool
 
 
 # How far keys may be from a rotation that explains them: what rounding does, relative to the length of a pair. In float32 it is that of
@@ -325,7 +330,7 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     probe.check_length("keep_window_size", "from there on it chooses among its keys")  # Doge
     if not has_rotation:
         probe.check_length("max_seq_len", "its position biases end there")  # MPT
-    layer_types = _layer_types(probe.config)
+    layer_types = None if probe.has_old_masks else getattr(probe.config, "layer_types", None)
     return ModelTraits(
         layers=layers,
         turns_at=probe.turns_at,
@@ -333,6 +338,7 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
         is_ordered=not has_rotation and not probe.is_recurrent,
         is_recurrent=probe.is_recurrent,
         layer_types=tuple(layer_types) if layer_types else None,
+        has_old_masks=probe.has_old_masks,
     )
 
 
@@ -354,8 +360,9 @@ class Probe:
         self.config = model.config.get_text_config(decoder=True)
         if "chunked_attention" in (getattr(self.config, "layer_types", None) or ()):
             raise self._refusal("its layers with chunked attention need masks of another kind")
-        if not MODELS_ASK_FOR_MASK_SIZES and any(getattr(module, "is_sliding", False) for module in model.modules()):
-            raise self._refusal("its layers change the mask they are given. With transformers 4.53 they don't")
+        self.has_old_masks = _makes_masks_itself(model)
+        if self.has_old_masks and any(getattr(module, "is_sliding", False) for module in model.modules()):
+            raise self._refusal("its layers change the mask they are given. With transformers 4.53 or newer they don't")
         self.accepted = inspect.signature(model.forward).parameters
         self.num_positions = _num_positions(model, self.config) if "position_ids" in self.accepted else None
         if self.num_positions is not None and 2 * window_length > self.num_positions:
@@ -1007,7 +1014,7 @@ class SinkCache(Cache):
         if config._attn_implementation not in SUPPORTED_ATTENTION:
             raise ValueError(
                 f"SinkCache makes masks for {' and '.join(SUPPORTED_ATTENTION)} attention, and this model uses "
-                f'{config._attn_implementation}. Call model.set_attn_implementation("sdpa") first.'
+                f'{config._attn_implementation}. Load it with from_pretrained(..., attn_implementation="sdpa").'
             )
         if self._traits is None:
             traits = model_traits(model, self.window_length)
@@ -1157,8 +1164,8 @@ class SinkCache(Cache):
             reason = f"{num_columns} tokens at once go past the window of {length}, and need a mask of their own"
         elif self._traits.is_ordered:
             reason = "the scores of this model depend on the order of the keys, which it takes from the mask"
-        elif not self._model_makes_causal_masks:
-            reason = "the mask that this release of transformers makes does not fit to the keys of a window"
+        elif self._has_native_windows and not MODELS_ASK_FOR_QUERY_OFFSET:
+            reason = "this release of transformers makes a mask for layers with native windows that does not fit to the cache"
         elif self._traits.is_recurrent:
             reason = "the recurrent layers of this model are told by `prepare` what is padding, and positions by nobody else"
         elif any(self._base):
@@ -1261,12 +1268,12 @@ class SinkCache(Cache):
             return held.expand(self._batch_size, -1).to(device)
         padding = self._padding(device)
         is_causal = all(steps[group.window].is_causal for group in self._groups) and (padding is None or not self._traits.is_recurrent)
-        if is_causal and self._model_makes_causal_masks:
+        if is_causal and self._model_makes_this_mask():
             return None
         masks = {}
         for group in self._groups:
             visible = steps[group.window].visible()[:, None].to(device)
-            if self._config._attn_implementation != "sdpa" or not MODELS_ASK_FOR_MASK_SIZES:  # it is added to the scores
+            if self._config._attn_implementation != "sdpa" or self._traits.has_old_masks:  # it is added to the scores
                 dtype = group.traits.dtype
                 lowest = torch.finfo(dtype).min
                 visible = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, lowest)
@@ -1286,13 +1293,16 @@ class SinkCache(Cache):
             }
         return masks if self._traits.layer_types else masks[None]
 
+    def _model_makes_this_mask(self) -> bool:
+        """Whether the mask that the model makes by itself is right, where each token sees all that is handed out before it."""
+        if self._traits.has_old_masks:  # only if it makes none
+            makes_none = self._pass.num_columns == 1 or not any(self._num_seen)
+            return self._config._attn_implementation == "sdpa" and makes_none and not self._has_native_windows
+        return MODELS_ASK_FOR_QUERY_OFFSET or not self._has_native_windows
+
     @property
-    def _model_makes_causal_masks(self) -> bool:
-        """Whether the model's own mask is right, and of the length of the window, when new tokens see all that is handed out."""
-        has_native_windows = any(layer and layer.native_window for layer in self._traits.layers)
-        if not MODELS_ASK_FOR_MASK_SIZES and self._config._attn_implementation != "sdpa":
-            return False
-        return MODELS_ASK_FOR_QUERY_OFFSET or not has_native_windows
+    def _has_native_windows(self) -> bool:
+        return any(layer is not None and layer.native_window is not None for layer in self._traits.layers)
 
     def _padding(self, device: torch.device) -> torch.Tensor | None:
         """The mask of the columns of this pass, `[batch, num_columns]`; None if none is padding."""

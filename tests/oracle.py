@@ -35,7 +35,7 @@ def native_windows(model, window_length: int) -> list[int | None]:
 
 
 def layer_types_of(config) -> list[str] | None:
-    """The types of layers that get a mask each, since 4.53."""
+    """The types of layers that get a mask each: since 4.53."""
     return getattr(config, "layer_types", None) if hasattr(Cache, "get_mask_sizes") else None
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 import transformers
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, random_ids
-from families import build_model
+from families import TRANSFORMERS, build_model
 from generate import UNSUPPORTED_OPTIONS, SinkCache, generate
+from packaging import version
 from transformers import AutoModelForCausalLM, DynamicCache
-from zoo import zoo_config
+from zoo import ZOO_RELEASE, zoo_config
 
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 
@@ -225,17 +226,22 @@ def test_what_prepare_returned_must_be_what_the_model_gets(model):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=97), "absolute or learned position"),
-        (transformers.OPTConfig(hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=97,
+        (lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=97), "absolute or learned position"),
+        (lambda: transformers.OPTConfig(hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=97,
                                 word_embed_proj_dim=32), "absolute or learned position"),
-        (transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=97, state_size=4), "Mamba"),
-        (zoo_config("jamba"), "how a text is split into passes"),
-        (zoo_config("llama4_text"), "chunked attention"),
+        (lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=97, state_size=4), "Mamba"),
+        (lambda: zoo_config("jamba"), "how a text is split into passes|Mamba kernels"),
+        (lambda: zoo_config("llama4_text"), "chunked attention"),
     ],
     ids=["gpt2", "opt", "mamba", "jamba", "llama4"],
 )  # fmt: skip
 def test_models_for_which_the_rules_can_not_be_kept(config, message):
-    model = AutoModelForCausalLM.from_config(config).eval()
+    try:
+        model = AutoModelForCausalLM.from_config(config()).eval()
+    except (KeyError, TypeError):
+        if TRANSFORMERS >= version.parse(ZOO_RELEASE):
+            raise
+        pytest.skip(f"no small model of it with transformers {TRANSFORMERS}")
     with pytest.raises(ValueError, match=message):
         generate(random_ids(5), model=model, max_new_tokens=3, **WINDOW)
     with pytest.raises(ValueError, match=message):
@@ -269,7 +275,7 @@ def test_a_window_that_the_positions_of_the_model_do_not_reach(name, overrides):
 @pytest.mark.parametrize("implementation", ["flex_attention"])
 def test_attention_implementations_that_take_other_masks(implementation):
     model = build_model("llama", implementation)
-    with pytest.raises(ValueError, match=f"{implementation}.*set_attn_implementation"):
+    with pytest.raises(ValueError, match=f"uses {implementation}.*attn_implementation="):
         generate(random_ids(5), model=model, **WINDOW)
 
 

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, left_padded, random_ids
-from families import ORDERED, build_model
+from families import ORDERED, build_model, first_served
 from generate import SinkCache, generate
 from oracle import oracle_logits
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
@@ -188,9 +188,8 @@ def test_streamers_criteria_and_processors_are_called_as_in_transformers(model, 
     assert calls["streamed"] == [prompt[0].tolist(), *[[5]] * 30, "end"]
 
 
-def test_attentions_and_hidden_states_are_returned(model):
-    model = copy.deepcopy(model)
-    model.set_attn_implementation("eager")
+def test_attentions_and_hidden_states_are_returned():
+    model = build_model("qwen3", "eager")
     prompt = random_ids(10)
     arguments = {"max_new_tokens": 20, "do_sample": False, "output_attentions": True, "output_hidden_states": True, **RECORD}
     outputs = generate(prompt, model=model, **WINDOW, **arguments)
@@ -332,7 +331,7 @@ class Stop(KeyboardInterrupt):
 @pytest.mark.parametrize("when", ["never", "in the prompt", "while decoding"])
 def test_the_model_is_left_as_it_was(when):
     """Also after Ctrl-C in the middle: no attribute, no hook, no changed config, on the model and on its class."""
-    model = build_model("gemma3")
+    model = build_model(first_served("gemma3", "qwen3"))
     model.generation_config.prefill_chunk_size = 7
     before = snapshot(model)
     num_calls = 0
@@ -401,6 +400,6 @@ def test_parity_in_wall_of_options(model):
     assert difference(past.float(), model.generate(prompt, **arguments).float()) > 0
 
 
-def test_ordered_families_are_those_without_rotation():
-    for name in ORDERED:
-        assert SinkCache.from_model(build_model(name), **WINDOW)._traits.is_ordered
+@pytest.mark.parametrize("name", sorted(ORDERED))
+def test_ordered_families_are_those_without_rotation(name):
+    assert SinkCache.from_model(build_model(name), **WINDOW)._traits.is_ordered

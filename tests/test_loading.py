@@ -25,7 +25,7 @@ COMMON = f"""
         cache = outputs.past_key_values
         assert type(cache).__name__ == "SinkCache" and cache.num_tokens_held == 16, cache
         print(outputs.sequences[0].tolist())
-    model = AutoModelForCausalLM.from_pretrained(repo, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(repo).float()
 """
 WAYS = {
     "folder": "check(model.generate(**inputs, **trust, **window, **arguments))",
@@ -38,16 +38,16 @@ WAYS = {
         check(model.generate(**inputs, **trust, revision=None, token=None, local_files_only=True, **window, **arguments))
     """,
     "from_pretrained": """
-        model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True).float()
         check(model.generate(**inputs, **window, **arguments))
     """,
     "from_pretrained, positional": """
-        model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True).float()
         check(model.generate(inputs.input_ids, **window, **arguments))
         assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
     """,
     "generation config": """
-        model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True).float()
         for name, value in window.items():
             setattr(model.generation_config, name, value)
         check(model.generate(**inputs, **arguments))

@@ -22,7 +22,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 def model(request):
     name = request.config.getoption("--model") or str(Path(__file__).parents[1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(name, dtype="auto" if device == "cuda" else torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(name)
+    return model.to(device, model.dtype if device == "cuda" else torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def feed(model, input_ids: torch.Tensor, sizes: list[int], **window) -> tuple[to
 
 def test_below_the_window_logits_are_those_of_dynamic_cache(model, input_ids):
     with torch.no_grad():
-        expected = model(input_ids, past_key_values=DynamicCache(config=model.config)).logits
+        expected = model(input_ids, past_key_values=DynamicCache()).logits
     for sizes in ([160], [100] + [1] * 60):
         assert_same(feed(model, input_ids, sizes, window_length=160)[0], expected)
 

@@ -6,13 +6,16 @@ by default. What that does not get right stands in `SPECIAL`.
 
 import copy
 import dataclasses
+import inspect
 import itertools
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+# The release for which this was made: some models can't be built with others.
+ZOO_RELEASE = "5.23"
 ZOO_TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 VOCAB_SIZE = 97
@@ -174,7 +177,7 @@ LEFT_OUT: dict[str, str] = {
 }
 
 
-def zoo_config(model_type: str) -> PreTrainedConfig:
+def zoo_config(model_type: str) -> PretrainedConfig:
     """The config of a tiny model of this type; of its decoder alone, where the model class takes that."""
     config_class, needed = CONFIG_MAPPING[model_type], _model_class(model_type).config_class
     return _tiny_config(needed if needed in _parts(config_class).values() else config_class)
@@ -184,9 +187,7 @@ def build_zoo_model(model_type: str, attn_implementation: str | None = None, see
     """A tiny model of this type with random weights, float32, in eval mode."""
     torch.manual_seed(seed)
     # Not by AutoModelForCausalLM, which does not take the config of a decoder alone.
-    model = _model_class(model_type)._from_config(
-        zoo_config(model_type), attn_implementation=attn_implementation, dtype=torch.float32
-    )
+    model = _model_class(model_type)._from_config(zoo_config(model_type), attn_implementation=attn_implementation).float()
     for parameter in model.parameters():
         if not parameter.any():  # biases, attention sinks, gates: a mistake with them must show
             torch.nn.init.normal_(parameter, std=0.1)
@@ -198,9 +199,9 @@ def _model_class(model_type: str) -> type[torch.nn.Module]:
     return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
 
 
-def _tiny_config(config_class: type[PreTrainedConfig], **overrides) -> PreTrainedConfig:
+def _tiny_config(config_class: type[PretrainedConfig], **overrides) -> PretrainedConfig:
     overrides = copy.deepcopy(SPECIAL.get(config_class.model_type, {})) | overrides
-    fields = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
+    fields = _fields(config_class)
     arguments = {name: value for name, value in SIZES.items() if name in fields}
     parts = _parts(config_class)
     arguments |= {name: _tiny_config(part, **overrides.pop(name, {})) for name, part in parts.items()}
@@ -216,8 +217,17 @@ def _tiny_config(config_class: type[PreTrainedConfig], **overrides) -> PreTraine
     return config_class(**arguments | overrides)
 
 
-def _parts(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
-    """The config classes of those parts of a composite model that it can't do without."""
+def _fields(config_class: type[PretrainedConfig]) -> dict[str, str]:
+    """What a config takes, and of which type, where that is said."""
+    if dataclasses.is_dataclass(config_class):
+        return {field.name: str(field.type) for field in dataclasses.fields(config_class)}
+    return {name: str(each.annotation) for name, each in inspect.signature(config_class.__init__).parameters.items()}
+
+
+def _parts(config_class: type[PretrainedConfig]) -> dict[str, type[PretrainedConfig]]:
+    """The config classes of those parts of a composite model that it can't do without; before 5.?, of all parts."""
+    if not hasattr(config_class, "sub_configs_defaults"):
+        return {name: part for name, part in config_class.sub_configs.items() if hasattr(part, "model_type")}
     specs = {name: spec for name, spec in config_class.sub_configs_defaults.items() if not spec.optional}
     return {name: CONFIG_MAPPING[spec.model_type] if spec.model_type else spec.config_class for name, spec in specs.items()}
 
