@@ -29,7 +29,7 @@ import weakref
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, DynamicCache, cache_utils
+from transformers import Cache, DynamicCache, GenerationMixin, cache_utils
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -47,6 +47,9 @@ DEFAULT_PREFILL_CHUNK_SIZE = (1024, 128)
 
 # Told by what is there, not by the number of a release, so that the next one has a chance to just work. What transformers hands to
 # our methods in one form or another (`update`, `get_mask_sizes`, `crop`) is taken in either, where it comes.
+
+if not hasattr(GenerationMixin, "load_custom_generate"):
+    raise ImportError("sink_cache needs transformers 4.52 or newer, which loads custom generation methods: pip install -U transformers")
 
 # The caches of models know which layers have native windows (since 4.56).
 HAS_LAYERS_BY_CONFIG = "config" in inspect.signature(DynamicCache.__init__).parameters
@@ -107,7 +110,7 @@ def _recurrent_states(layer) -> list[torch.Tensor]:
 def _cached_states(cache: DynamicCache) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Keys and values of each layer."""
     if hasattr(cache, "layers"):  # since 4.54
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        return [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     return list(zip(cache.key_cache, cache.value_cache))
 
 
@@ -305,7 +308,7 @@ _known_traits: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.Weak
 
 
 def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
-    """Finds out what the cache has to know of a model, by one forward pass over 24 tokens (30 in 16 bits) the first time.
+    """Finds out what the cache has to know of a model, by one forward pass over 36 tokens (45 in 16 bits) the first time.
 
     Raises:
         ValueError: the rules can't be kept for this model. The message says what stands in the way.
@@ -321,9 +324,10 @@ def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
 def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
     probe = Probe(model, window_length)
     layers = probe.layers()
+    probe.check_that_no_token_sees_later_ones()
     probe.check_that_logits_depend_on_distances_only()
     has_rotation = any(not rotation.is_identity for layer in layers if layer for rotation in layer.rotations)
-    if probe.is_recurrent or probe.config is not model.config:  # the latter: multimodal models, which may see a prompt as a whole
+    if probe.is_recurrent:
         probe.check_that_texts_can_be_split()
     if probe.is_recurrent and not has_rotation:
         probe.check_that_order_does_not_count()
@@ -346,8 +350,9 @@ class Probe:
     """A model that is asked how it treats positions.
 
     It is shown texts of three tokens, a a b, each at several positions. The first token sees only itself, the second itself and its
-    copy: they go through all layers alike wherever they stand, so that their keys differ by what the model does to positions, and
-    by nothing else. The third has to choose what to attend to, and must choose alike wherever the text stands.
+    copy: they go through all layers alike wherever they stand and whatever the third is, so that their keys differ by what the
+    model does to positions, and by nothing else. The third has to choose what to attend to, and must choose alike wherever the
+    text stands.
 
     Raises:
         ValueError: from every method, when the answer is that the rules can't be kept.
@@ -358,7 +363,8 @@ class Probe:
         if model.config.is_encoder_decoder:
             raise ValueError(f"SinkCache serves decoder-only models, and {self.name} is an encoder-decoder model.")
         self.config = model.config.get_text_config(decoder=True)
-        if "chunked_attention" in (getattr(self.config, "layer_types", None) or ()):
+        has_chunks = getattr(self.config, "attention_chunk_size", None)  # without layer types, before 4.53
+        if has_chunks or "chunked_attention" in (getattr(self.config, "layer_types", None) or ()):
             raise self._refusal("its layers with chunked attention need masks of another kind")
         self.has_old_masks = _makes_masks_itself(model)
         if self.has_old_masks and any(getattr(module, "is_sliding", False) for module in model.modules()):
@@ -382,7 +388,7 @@ class Probe:
         with self._looking():
             vocab_size = model.get_input_embeddings().weight.shape[0]
             a, b = vocab_size // 3, 2 * vocab_size // 3
-            self.texts = torch.tensor([[a, a, b], [b, b, a]])
+            self.texts = torch.tensor([[a, a, b], [b, b, a], [a, a, (a + b) // 2]])
             # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
             needs_own = self.is_recurrent or any(isinstance(layer, DummyLayer) for layer in own_layers)
             self.cache = _own_cache(self.config) if needs_own else DynamicCache()
@@ -409,6 +415,15 @@ class Probe:
             traits.append(LayerTraits(native_window, rotations, shapes, keys.dtype, keys.device))
         return tuple(traits)
 
+    def check_that_no_token_sees_later_ones(self) -> None:
+        """The first and the last text begin alike."""
+        layers = [states for states, window in zip(_cached_states(self.cache), self.native_windows) if window != NO_KEYS]
+        for states in layers[-1]:
+            states = self._by_position(states[:, :, :2]).float()
+            _, tolerance = ROTATION_TOLERANCE[layers[-1][0].dtype]
+            if (states[0] - states[-1]).abs().max() > tolerance * states.std():
+                raise self._refusal("a token sees others that come after it")
+
     def check_that_logits_depend_on_distances_only(self) -> None:
         logits = self.logits[:, -1]
         at_first_position = self._by_position(logits)[:, :1].expand(-1, len(self.positions), -1).flatten(0, 1)
@@ -418,10 +433,7 @@ class Probe:
         cache = _own_cache(self.config)
         self._ask(cache, slice(0, 1))
         logits = self._ask(cache, slice(1, 3))
-        reason = (
-            "its logits depend on how a text is split into passes. Either its recurrent layers forget their state in a pass of several "
-            "tokens, or a token sees others that come after it"
-        )
+        reason = "its logits depend on how a text is split into passes: its recurrent layers forget their state in a pass of several tokens"
         self._compare(logits[:, -1], self.logits[:, -1], 10, reason)  # 10: the two ways of a recurrence round differently
 
     def check_that_order_does_not_count(self) -> None:
@@ -1267,7 +1279,9 @@ class SinkCache(Cache):
             held = step.is_held.long()
             return held.expand(self._batch_size, -1).to(device)
         padding = self._padding(device)
-        is_causal = all(steps[group.window].is_causal for group in self._groups) and (padding is None or not self._traits.is_recurrent)
+        is_causal = all(steps[group.window].is_causal for group in self._groups) and (
+            padding is None or not self._traits.is_recurrent
+        )
         if is_causal and self._model_makes_this_mask():
             return None
         masks = {}

@@ -24,7 +24,7 @@ MODELS_ASK_FOR_QUERY_OFFSET = hasattr(Cache, "get_query_offset")  # since 5.16
 
 def native_windows(model, window_length: int) -> list[int | None]:
     """The native window of each layer, None for full attention and for those that are longer than the window."""
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
     if HAS_LAYERS_BY_CONFIG:
         lengths = [getattr(layer, "sliding_window", None) for layer in own_cache(config).layers]
     else:
@@ -48,7 +48,7 @@ def new_cache(model, windows: list[int | None]) -> DynamicCache:
     """The model's own, with full attention in place of native windows that are longer than the window."""
     cache = DynamicCache()
     if HAS_LAYERS_BY_CONFIG:
-        layers = own_cache(model.config).layers
+        layers = own_cache(model.config.get_text_config(decoder=True)).layers
         is_longer = [window is None and hasattr(layer, "sliding_window") for layer, window in zip(layers, windows)]
         cache.layers = [cache_utils.DynamicLayer() if longer else layer for layer, longer in zip(layers, is_longer)]
         cache.layer_class_to_replicate = None
@@ -104,7 +104,7 @@ def oracle_logits(
     def all_visible(num_kept: list[int]):
         """One mask, or one for each type of layer."""
         masks = [torch.zeros(1, 1, 1, num + 1) for num in num_kept]
-        layer_types = layer_types_of(model.config)
+        layer_types = layer_types_of(model.config.get_text_config(decoder=True))
         return dict(zip(layer_types, masks)) if layer_types else masks[0]
 
     logits, cache = [], new_cache(model, windows)

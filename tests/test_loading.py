@@ -8,12 +8,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from families import TRANSFORMERS
+from packaging import version
 
 ROOT = Path(__file__).parents[1]
 COMMON = f"""
+    import os
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.dynamic_module_utils import create_dynamic_module, get_class_from_dynamic_module
     repo = {str(ROOT)!r}
     tokenizer = AutoTokenizer.from_pretrained(repo)
     inputs = tokenizer("import os\\n", return_tensors="pt")
@@ -25,6 +29,8 @@ COMMON = f"""
         cache = outputs.past_key_values
         assert type(cache).__name__ == "SinkCache" and cache.num_tokens_held == 16, cache
         print(outputs.sequences[0].tolist())
+    if transformers.__version__.startswith("4.52"):  # which forgets to make this folder before it copies a local repository to it
+        create_dynamic_module(f"transformers_modules/{{os.path.basename(repo)}}/custom_generate")
     model = AutoModelForCausalLM.from_pretrained(repo).float()
 """
 WAYS = {
@@ -103,6 +109,7 @@ def test_pipeline():
     """)
 
 
+@pytest.mark.skipif(TRANSFORMERS < version.parse("5.16"), reason="local folders are trusted")
 def test_it_is_refused_without_trust():
     run("""
         try:

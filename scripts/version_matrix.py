@@ -1,0 +1,180 @@
+"""Run the tests with every minor release of transformers, each in an environment of its own, and write down what came out.
+
+Torch and pytest are installed once and shared, a release adds only what it brings itself: about 150 MB. Environments are kept, so
+that a second run starts at once. Each row of the table is written as soon as it is measured; a run of some releases replaces their
+rows only. The last line is one JSON document.
+
+    python scripts/version_matrix.py                                     # all releases, about three minutes each
+    python scripts/version_matrix.py --releases 4.52 newest
+    python scripts/version_matrix.py --releases 5.23 --python python3.13 --torch 2.9.1
+    python scripts/version_matrix.py --write                             # the table into the README, nothing is run
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from packaging.version import Version
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "scripts" / "version_matrix.csv"
+COLUMNS = ("release", "python", "torch", "huggingface_hub", "passed", "skipped", "failed", "seconds")
+OLDEST = re.search(r"transformers>=([\d.]+)", (ROOT / "custom_generate" / "requirements.txt").read_text()).group(1)
+# Rules, cache, generate, ways in. What is left out does not depend on the release, or is about the newest only.
+TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("families", "invariants", "cache", "generate", "tiny_model", "parity", "loading")
+)
+SHARED_PACKAGES = ("numpy", "pytest>=8", "hypothesis")
+README_BLOCK = re.compile(r"(?<=<!-- releases: begin -->\n).*?(?=<!-- releases: end -->)", re.DOTALL)
+
+
+def run(*command: str | Path, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([str(part) for part in command], text=True, capture_output=True, **kwargs)
+
+
+def run_or_stop(*command: str | Path) -> str:
+    done = run(*command)
+    if done.returncode:
+        sys.exit(f"{' '.join(str(part) for part in command)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def minor_releases() -> list[str]:
+    """All minor releases from the oldest that the requirements allow, as pip sees them."""
+    listed = run_or_stop(sys.executable, "-m", "pip", "index", "versions", "transformers")
+    versions = [Version(text) for text in re.search(r"Available versions: (.*)", listed).group(1).split(", ")]
+    minors = {(version.major, version.minor) for version in versions if version >= Version(OLDEST)}
+    return [f"{major}.{minor}" for major, minor in sorted(minors)]
+
+
+class Environments:
+    """One environment with torch and pytest, and one on top of it for each release."""
+
+    def __init__(self, folder: Path, python: str, torch: str):
+        self.python_version = run_or_stop(python, "-c", "import platform; print(platform.python_version())").strip()
+        self.python, self.folder = python, folder / f"python{self.python_version}-torch{torch}"
+        self.shared = self._make("shared", [f"torch=={torch}", *SHARED_PACKAGES])
+
+    def of_release(self, release: str) -> Path:
+        """The interpreter of the environment with the newest patch of a minor release."""
+        return self._make(f"transformers-{release}", [f"transformers=={release}.*", "tqdm"], self.shared)
+
+    def _make(self, name: str, packages: list[str], shared: Path | None = None) -> Path:
+        folder = self.folder / name
+        interpreter, is_done = folder / "bin" / "python", folder / "done"
+        if not is_done.exists():
+            run_or_stop(self.python, "-m", "venv", "--clear", *(["--without-pip"] if shared else []), folder)
+            if shared:
+                site = "import sysconfig; print(sysconfig.get_path('purelib'))"
+                path = Path(run_or_stop(interpreter, "-c", site).strip(), "shared.pth")
+                path.write_text(run_or_stop(shared, "-c", site))
+            run_or_stop(shared or interpreter, "-m", "pip", "--python", interpreter, "install", "--quiet", *packages)
+            is_done.touch()
+        return interpreter
+
+
+def measure(interpreter: Path, release: str, tests: list[str]) -> dict:
+    """One row of the table."""
+    what = "import importlib.metadata as m, platform; print(platform.python_version(), m.version('torch'), m.version('huggingface_hub'))"
+    python, torch, hub = run_or_stop(interpreter, "-c", what).split()
+    row = {"release": release, "python": python, "torch": torch.split("+")[0], "huggingface_hub": hub}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        done = run(
+            interpreter, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", f"--junitxml={report}", *tests,
+            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
+        suite = ElementTree.parse(report).getroot().find("testsuite").attrib if report.exists() else {}
+    failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+    if done.returncode and not failed:  # it did not even get to the tests, or was killed
+        failed = 1
+    if failed:
+        tqdm.write(f"transformers {release}: {done.stdout[-4000:]}{done.stderr[-2000:]}", file=sys.stderr)
+    skipped = int(suite.get("skipped", 0))
+    row |= {"passed": int(suite.get("tests", 0)) - failed - skipped, "skipped": skipped, "failed": failed}
+    return row | {"seconds": round(time.perf_counter() - start)}
+
+
+def read_table() -> list[dict]:
+    if not TABLE.exists():
+        return []
+    with open(TABLE, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_row(row: dict) -> None:
+    """Into the table, in the place of an older one."""
+    key = row_key(row)
+    rows = sorted([other for other in read_table() if row_key(other) != key] + [row], key=row_key)
+    with open(TABLE, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def row_key(row: dict) -> tuple:
+    return tuple(Version(row[name]) for name in ("release", "python", "torch"))
+
+
+def markdown_table(rows: list[dict]) -> str:
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    return "\n".join(lines + [f"| {' | '.join(str(row[name]) for name in COLUMNS)} |" for row in rows]) + "\n"
+
+
+def write_readme() -> None:
+    readme = ROOT / "README.md"
+    text, num_blocks = README_BLOCK.subn(lambda _: markdown_table(read_table()), readme.read_text(encoding="utf-8"))
+    if num_blocks != 1:
+        sys.exit("README.md has no block <!-- releases: begin --> ... <!-- releases: end -->: nothing was written.")
+    readme.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--releases", nargs="+", metavar="X.Y", help=f"minor releases, or newest (default: all from {OLDEST} on)")
+    parser.add_argument("--python", default=sys.executable, help="interpreter to make environments of (default: this one)")
+    parser.add_argument("--torch", default="2.13.0", help="release of torch (default: %(default)s)")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="what pytest is to run (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="releases at a time (default: %(default)s)")
+    parser.add_argument(
+        "--environments",
+        type=Path,
+        default=ROOT / ".venv" / "matrix",
+        help="folder to keep environments in (default: %(default)s)",
+    )
+    parser.add_argument("--write", action="store_true", help="write the table into the README, and run nothing")
+    args = parser.parse_args()
+    if args.write:
+        write_readme()
+        return
+
+    releases = args.releases or minor_releases()
+    releases = [minor_releases()[-1] if release == "newest" else release for release in releases]
+    environments = Environments(args.environments, args.python, args.torch)
+    interpreters = {release: environments.of_release(release) for release in tqdm(releases, desc="environments", disable=None)}
+    rows = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        measured = pool.map(lambda release: measure(interpreters[release], release, args.tests), releases)
+        for row in tqdm(measured, desc="releases", total=len(releases), disable=None):
+            tqdm.write(json.dumps(row), file=sys.stderr)
+            rows.append(row)
+            if tuple(args.tests) == TESTS:
+                write_row(row)
+    print(markdown_table(rows))
+    print(json.dumps({"rows": rows, "failed": [row["release"] for row in rows if row["failed"]]}))
+    sys.exit(any(row["failed"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
