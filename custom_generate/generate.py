@@ -49,7 +49,9 @@ DEFAULT_PREFILL_CHUNK_SIZE = (1024, 128)
 # our methods in one form or another (`update`, `get_mask_sizes`, `crop`) is taken in either, where it comes.
 
 if not hasattr(GenerationMixin, "load_custom_generate"):
-    raise ImportError("sink_cache needs transformers 4.52 or newer, which loads custom generation methods: pip install -U transformers")
+    raise ImportError(
+        "sink_cache needs transformers 4.52 or newer, which loads custom generation methods: pip install -U transformers"
+    )
 
 # The caches of models know which layers have native windows (since 4.56).
 HAS_LAYERS_BY_CONFIG = "config" in inspect.signature(DynamicCache.__init__).parameters
@@ -112,6 +114,18 @@ def _cached_states(cache: DynamicCache) -> list[tuple[torch.Tensor | None, torch
     if hasattr(cache, "layers"):  # since 4.54
         return [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     return list(zip(cache.key_cache, cache.value_cache))
+
+
+def _stop_counting(view: torch.nn.Module) -> None:
+    """Before 5.4, `generate` takes what is new from the lengths of `input_ids` and of what the cache has seen, and fails if the prompt
+    is the shorter one. Nothing reads the positions that it makes of them, so one will do."""
+    if hasattr(view, "_get_initial_cache_position"):
+
+        def get_initial_cache_position(length, device, model_kwargs):
+            model_kwargs["cache_position"] = torch.ones(1, dtype=torch.long, device=device)
+            return model_kwargs
+
+        view._get_initial_cache_position = get_initial_cache_position
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1655,14 +1669,12 @@ def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size
     view = copy.copy(model)
     view.generation_config = _without_cache_options(model.generation_config)
     prepare_inputs, update_kwargs = model.prepare_inputs_for_generation, model._update_model_kwargs_for_generation
-    takes_length = "next_sequence_length" in inspect.signature(prepare_inputs).parameters
-    only_last = {"next_sequence_length": 1} if takes_length else {}
     num_other = None  # columns of `input_ids` less tokens seen: a constant, once the prompt has been fed
 
     @functools.wraps(prepare_inputs)
     def prepare_inputs_for_generation(input_ids, *args, **kwargs):
         nonlocal num_other
-        others = prepare_inputs(input_ids[:, -1:], *args, **kwargs | only_last)
+        others = prepare_inputs(input_ids[:, -1:], *args, **kwargs)
         others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
         if num_other is not None:
             return others | cache.prepare(input_ids[:, num_other + cache.get_seq_length() :].to(model.device))
@@ -1680,15 +1692,9 @@ def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size
         kept = {name: value for name, value in model_kwargs.items() if name not in GROWING_INPUTS}
         return update_kwargs(outputs, kept, *args, **kwargs)
 
-    if hasattr(model, "_get_initial_cache_position"):  # before 5.4: it takes what is new from the length of `input_ids`
-
-        def get_initial_cache_position(length, device, model_kwargs):
-            model_kwargs["cache_position"] = torch.ones(1, dtype=torch.long, device=device)  # which is not read, but counted on
-            return model_kwargs
-
-        view._get_initial_cache_position = get_initial_cache_position
     view.prepare_inputs_for_generation = prepare_inputs_for_generation
     view._update_model_kwargs_for_generation = update_model_kwargs_for_generation
+    _stop_counting(view)
     return view
 
 

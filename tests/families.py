@@ -159,7 +159,7 @@ def old_rope_arguments(parameters: dict) -> dict:
         arguments["rope_theta"] = parameters["rope_theta"]
     if parameters.get("rope_type", "default") != "default":
         arguments["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    if parameters.get("rope_type") == "longrope":  # of which a part stands in the config itself, and Phi-3 takes three numbers only
+    if parameters.get("rope_type") == "longrope":  # Phi-3 takes three entries, the rest stands in the config itself
         scaling = arguments["rope_scaling"]
         arguments["rope_scaling"] = {"type": "longrope"} | {key: scaling[key] for key in ("short_factor", "long_factor")}
     return arguments
