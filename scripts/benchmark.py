@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 
 def build_model(args):
     if args.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype])
+        model = AutoModelForCausalLM.from_pretrained(args.model).to(DTYPES[args.dtype])
     else:
         torch.manual_seed(0)
         config = Qwen3Config(
@@ -36,7 +36,7 @@ def build_model(args):
             num_key_value_heads=max(1, args.hidden_size // 128),
             head_dim=128,
         )
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.dtype])
+        model = AutoModelForCausalLM.from_config(config).to(DTYPES[args.dtype])
     return model.to(args.device).eval()
 
 

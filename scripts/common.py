@@ -25,7 +25,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace):
     """Model and tokenizer that the arguments name."""
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model).to(args.device, DTYPES[args.dtype]).eval()
     return model, AutoTokenizer.from_pretrained(args.model)
 
 

@@ -3,18 +3,22 @@
 One text goes through all methods, in the same process: the full cache (`--full`), and sinks + window for every `--num-sink-tokens`
 and `--window-length` (0 sinks is the plain window). Each stream is fed in exact chunks, so memory is bounded by the window.
 
-    python scripts/evaluate.py --num-tokens 1400 --num-texts 16 --full --window-length 128 256 --num-sink-tokens 0 1 4
+    python scripts/evaluate.py --num-tokens 1400 --num-texts 16 --full --window-length 128 256 --num-sink-tokens 0 1 4 \\
+        --csv nats.csv
     python scripts/evaluate.py --num-tokens 50000 --window-length 256 --num-sink-tokens 4
 """
 
 import argparse
+import csv
 import json
+import platform
 import sys
 import time
 from pathlib import Path
 
 import torch
-from common import add_model_arguments, load_model
+import transformers
+from common import ROOT, add_model_arguments, load_model
 from generate import SinkCache
 from stdlib_text import stdlib_text
 from tqdm import tqdm
@@ -58,6 +62,16 @@ def load_texts(args, tokenizer) -> torch.Tensor:
     return torch.tensor(rows)
 
 
+def write_csv(path: Path, about: dict, columns: dict[str, torch.Tensor]) -> None:
+    """One row a position: the mean of all texts, for each cache. How it was measured stands in a comment, as JSON."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(f"# {json.dumps(about)}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["position", *columns])
+        for position, values in enumerate(zip(*(nats.mean(0).tolist() for nats in columns.values())), start=1):
+            writer.writerow([position, *(f"{value:.3f}" for value in values)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
@@ -68,18 +82,22 @@ def main() -> None:
     parser.add_argument("--num-sink-tokens", type=int, nargs="+", default=[4], help="(default: 4)")
     parser.add_argument("--buckets", type=int, nargs="+", default=[0, 128, 256, 384, 768], help="starts of the position buckets")
     parser.add_argument("--full", action="store_true", help="also the full cache: time and memory grow with the text")
+    parser.add_argument("--csv", type=Path, help="also write the nats at each position to this file; it must not exist")
     args = parser.parse_args()
+    if args.csv and args.csv.exists():
+        sys.exit(f"{args.csv} exists. Remove it first, or write to another file.")
 
     model, tokenizer = load_model(args)
     input_ids = load_texts(args, tokenizer).to(args.device)
     edges = [start for start in args.buckets if start < args.num_tokens] + [args.num_tokens]
     caches = [("full cache", None)] if args.full else []
-    caches += [(f"window {w}, {s} sinks", (w, s)) for w in args.window_length for s in args.num_sink_tokens]
-    rows = []
+    caches += [(f"window {w}, {s} sink{'' if s == 1 else 's'}", (w, s)) for w in args.window_length for s in args.num_sink_tokens]
+    rows, columns = [], {}
     for name, numbers in caches:
         cache = DynamicCache() if numbers is None else SinkCache.from_model(model, *numbers)
         started = time.perf_counter()
         nats = stream_nats(model, input_ids, cache, name)
+        columns[name] = nats
         by_bucket = [round(nats[:, start:stop].mean().item(), 3) for start, stop in zip(edges, edges[1:])]
         held = cache.num_bytes_held if numbers else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         rows.append({"cache": name, "nats": by_bucket, "bytes_held": held, "seconds": round(time.perf_counter() - started, 1)})
@@ -87,7 +105,17 @@ def main() -> None:
     print("|---" * (len(edges) + 1) + "|")
     for row in rows:
         print(f"| {row['cache']} | " + " | ".join(f"{n:.2f}" for n in row["nats"]) + f" | {row['bytes_held'] / 2**20:.2f} |")
-    print(json.dumps({"model": args.model, "dtype": args.dtype, "num_texts": len(input_ids), "edges": edges, "results": rows}))
+    about = {
+        "model": "the tiny model" if Path(args.model) == ROOT else args.model,
+        "dtype": args.dtype,
+        "num_texts": len(input_ids),
+    }
+    if args.csv:
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        command = " ".join(["python", *sys.argv])
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(args.csv, {"command": command, **about, "device": args.device, **versions}, columns)
+    print(json.dumps({**about, "edges": edges, "results": rows}))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,18 @@ def learning_rate_factor(step: int, num_steps: int, num_decay_steps: int) -> flo
     return 1.0 if remaining >= 1 else 0.5 * (1 - math.cos(math.pi * remaining))
 
 
+def serve_all_releases(folder: Path) -> None:
+    """Say in the saved files what older releases of transformers look for under other names."""
+    for name, changes in {
+        "config.json": {"rope_theta": 10000.0, "torch_dtype": "bfloat16"},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "generation_config.json": {"_from_model_config": None},  # with it, window_length could not stand there
+    }.items():
+        entries = json.loads((folder / name).read_text()) | changes
+        entries = {key: entries[key] for key in sorted(entries) if key not in changes or changes[key] is not None}
+        (folder / name).write_text(json.dumps(entries, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="where config, weights and tokenizer are written")
@@ -151,6 +163,7 @@ def main() -> None:
     model.set_attn_implementation("sdpa")
     model.to(torch.bfloat16).save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
+    serve_all_releases(args.output_dir)
     print(
         json.dumps(
             {

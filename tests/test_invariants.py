@@ -115,6 +115,8 @@ def test_turning_keys_back_costs_one_rounding(monkeypatch):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_half_precision_is_near_the_float32_oracle(dtype, implementation):
     """Chunks, a batch and single steps in the small formats: off by their rounding, not by a position."""
+    if dtype == torch.float16 and version.parse(torch.__version__) < version.parse("2.2"):
+        pytest.skip("torch 2.1 does not multiply float16 on a CPU")
     model = build_model("qwen3", implementation)
     input_ids = random_ids()
     expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import version_matrix
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,3 +101,35 @@ def test_training(tmp_path):
 def test_help(script):
     if script != "common.py":
         assert "usage" in run(f"scripts/{script}", "--help").stdout
+
+
+def test_a_row_of_the_table_of_releases_counts_what_fails(tmp_path):
+    """A release whose tests can't even be collected, or whose process dies, must not look green."""
+    cases = {
+        "mixed": ("import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip()", (1, 1, 1)),
+        "broken": ("import nothing_of_that_name", (0, 0, 1)),
+        "killed": ("import os\ndef test_a(): os._exit(9)", (0, 0, 1)),
+    }
+    for name, (code, (passed, skipped, failed)) in cases.items():
+        path = tmp_path / f"test_{name}.py"
+        path.write_text(code)
+        row = version_matrix.measure(sys.executable, "5.23", [str(path)])
+        assert (row["passed"], row["skipped"], row["failed"]) == (passed, skipped, failed), name
+
+
+def test_the_table_of_releases_keeps_one_row_for_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(version_matrix, "TABLE", tmp_path / "releases.csv")
+    row = dict.fromkeys(version_matrix.COLUMNS, 0) | {"python": "3.11.7", "torch": "2.13.0", "huggingface_hub": "2.4.0"}
+    for release, passed in [("5.10", 1), ("5.9", 2), ("4.52", 3), ("5.9", 4)]:
+        version_matrix.write_row(row | {"release": release, "passed": passed})
+    assert [(each["release"], each["passed"]) for each in version_matrix.read_table()] == [
+        ("4.52", "3"),
+        ("5.9", "4"),
+        ("5.10", "1"),
+    ]
+
+
+def test_the_table_of_releases_in_the_readme_is_the_one_that_was_measured():
+    rows = version_matrix.read_table()
+    assert version_matrix.markdown_table(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert rows and not any(int(row["failed"]) for row in rows)
