@@ -94,8 +94,8 @@ def oracle_logits(
     needs_mask = any(windows) and not MODELS_ASK_FOR_QUERY_OFFSET
     stored: list[list[tuple]] = [[] for _ in windows]  # keys and values of each token, by layer
 
-    def run(ids: torch.Tensor, position: int, cache: DynamicCache, mask=None) -> torch.Tensor:
-        positions = {"position_ids": torch.arange(position, position + ids.shape[1])[None]} if has_positions else {}
+    def run(ids: torch.Tensor, first_positions: torch.Tensor, cache: DynamicCache, mask=None) -> torch.Tensor:
+        positions = {"position_ids": first_positions[:, None] + torch.arange(ids.shape[1])} if has_positions else {}
         return model(ids, past_key_values=cache, use_cache=True, attention_mask=mask, **positions).logits
 
     def last(states: list, num: int) -> list:
@@ -107,12 +107,15 @@ def oracle_logits(
         layer_types = layer_types_of(model.config.get_text_config(decoder=True))
         return dict(zip(layer_types, masks)) if layer_types else masks[0]
 
+    # The sinks where each token past the window sees them, one row for each: rows do not see each other.
+    shifts = torch.arange(1, input_ids.shape[1] - window_length + 1) * shift
+    sink_cache = new_cache(model, windows)
+    if num_sink_tokens and len(shifts):
+        run(first.expand(len(shifts), -1), shifts, sink_cache)
+
     logits, cache = [], new_cache(model, windows)
     for token in range(input_ids.shape[1]):
         is_full = token >= window_length
-        if is_full and num_sink_tokens:
-            sink_cache = new_cache(model, windows)
-            run(first, token - window_length + 1 if shift else 0, sink_cache)
         before, cache = cache, new_cache(model, windows)
         copy_recurrent_states(before, cache)
         num_kept = []
@@ -122,13 +125,16 @@ def oracle_logits(
             elif is_full:
                 kept = last(stored[index], num_recent)
                 if num_sink_tokens and stored[index]:
-                    kept = [states_of(sink_cache, index), *kept]
+                    row = slice(token - window_length, token - window_length + 1)
+                    kept = [tuple(each[row] for each in states_of(sink_cache, index)), *kept]
             else:
                 kept = stored[index]
             if kept:
                 cache.update(torch.cat([keys for keys, _ in kept], 2), torch.cat([values for _, values in kept], 2), index)
             num_kept.append(sum(keys.shape[2] for keys, _ in kept))
-        logits.append(run(input_ids[:, token : token + 1], token, cache, all_visible(num_kept) if needs_mask else None))
+        logits.append(
+            run(input_ids[:, token : token + 1], torch.tensor([token]), cache, all_visible(num_kept) if needs_mask else None)
+        )
         for index in range(len(windows)):
             states = states_of(cache, index)
             if states is not None:  # a window of one token keeps none

@@ -8,7 +8,12 @@ from generate import SinkCache
 from oracle import TOLERANCE, native_windows, oracle_logits, own_cache
 
 CASES = [
-    pytest.param(name, implementation, id=f"{name}-{implementation}")
+    pytest.param(
+        name,
+        implementation,
+        id=f"{name}-{implementation}",
+        marks=[pytest.mark.also_eager] if implementation == "eager" and name not in EAGER_ONLY else [],
+    )
     for name in FAMILIES
     for implementation in ("eager", "sdpa")
     if implementation == "eager" or name not in EAGER_ONLY
