@@ -433,9 +433,10 @@ class Probe:
         """The first and the last text begin alike."""
         layers = [states for states, window in zip(_cached_states(self.cache), self.native_windows) if window != NO_KEYS]
         for states in layers[-1]:
+            _, tolerance = ROTATION_TOLERANCE[states.dtype]
             states = self._by_position(states[:, :, :2]).float()
-            _, tolerance = ROTATION_TOLERANCE[layers[-1][0].dtype]
-            if (states[0] - states[-1]).abs().max() > tolerance * states.std():
+            difference = self._worst((states[0] - states[-1]).flatten(1).abs().amax(1))
+            if difference > tolerance * states.std():
                 raise self._refusal("a token sees others that come after it")
 
     def check_that_logits_depend_on_distances_only(self) -> None:
@@ -482,12 +483,14 @@ class Probe:
         return rows.unflatten(0, (len(self.texts), len(self.positions)))
 
     def _compare(self, logits: torch.Tensor, reference: torch.Tensor, slack: float, reason: str) -> None:
-        """Refuse if logits `[texts * positions, vocab]` differ. In 16 bits, rounding may send a token to another expert, and that is
-        no reason: all texts must differ."""
-        difference = self._by_position((logits - reference).float().abs()).amax((1, 2))
-        difference = difference.min() if self.model.dtype.itemsize == 2 else difference.max()
+        """Refuse if logits `[texts * positions, vocab]` differ."""
+        difference = self._worst(self._by_position((logits - reference).float().abs()).amax((1, 2)))
         if difference > slack * LOGITS_TOLERANCE[self.model.dtype] * reference.float().std():
             raise self._refusal(reason)
+
+    def _worst(self, differences: torch.Tensor) -> torch.Tensor:
+        """The largest; but in 16 bits, where rounding may send a token to another expert, what all of them come to."""
+        return differences.min() if self.model.dtype.itemsize == 2 else differences.max()
 
     def _rotation(self, index: int, states: torch.Tensor, tables: list[torch.Tensor]) -> Rotation:
         """The rotation that explains the states `[texts * positions, heads, 3, head_dim]` of a layer."""

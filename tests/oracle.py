@@ -108,7 +108,7 @@ def oracle_logits(
         return dict(zip(layer_types, masks)) if layer_types else masks[0]
 
     # The sinks where each token past the window sees them, one row for each: rows do not see each other.
-    shifts = torch.arange(1, input_ids.shape[1] - window_length + 1) * shift
+    shifts = torch.arange(1, max(input_ids.shape[1] - window_length, 0) + 1) * shift
     sink_cache = new_cache(model, windows)
     if num_sink_tokens and len(shifts):
         run(first.expand(len(shifts), -1), shifts, sink_cache)

@@ -1,6 +1,8 @@
 """Bad input is refused before the model has computed anything for it, by a message that names it; and nothing has changed then."""
 
 import copy
+import importlib.util
+import inspect
 
 import pytest
 import torch
@@ -279,6 +281,13 @@ def test_attention_implementations_that_take_other_masks(implementation):
     model = build_model("llama", implementation)
     with pytest.raises(ValueError, match=f"uses {implementation}.*attn_implementation="):
         generate(random_ids(5), model=model, **WINDOW)
+
+
+def test_a_release_that_is_too_old(monkeypatch):
+    monkeypatch.delattr(transformers.GenerationMixin, "load_custom_generate")
+    spec = importlib.util.spec_from_file_location("with_an_old_release", inspect.getfile(SinkCache))
+    with pytest.raises(ImportError, match="4.52 or newer.*pip install"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_what_is_no_model_and_no_cache(untouched):

@@ -71,6 +71,21 @@ def test_a_long_prompt_never_has_all_its_logits_in_memory(model, monkeypatch):
     assert sum(tokens for tokens, _ in seen) == 1001
 
 
+def test_nothing_but_the_ids_grows_with_the_text(model, monkeypatch):
+    """transformers extends mask and positions at each step, in time that grows with the text. Nobody reads them."""
+    sizes = []
+    prepare = type(model).prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def spy(self, input_ids, *args, **kwargs):
+        sizes.append([x.numel() for x in (input_ids, *args, *kwargs.values()) if isinstance(x, torch.Tensor)])
+        return prepare(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", spy)
+    generate(random_ids(5), model=model, max_new_tokens=60, do_sample=False, **WINDOW)
+    assert len(sizes) == 60 and max(max(each) for each in sizes[1:]) == 1
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "bloom"])
 def test_left_padded_prompts_of_very_different_lengths(name):
     """One shorter than the sinks, one just past the window, one of many windows, in one batch; also fed in chunks, some of which
