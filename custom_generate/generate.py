@@ -1619,6 +1619,8 @@ def generate(
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{name} must be a {kind.__name__}, got {value!r:.50} ({type(value).__name__}).")
     if cache is None or (not _is_sink_cache(cache) and cache.get_seq_length() == 0):
+        if cache is not None:
+            logger.warning("past_key_values is an empty %s. It stays so: a SinkCache takes its place.", type(cache).__name__)
         asked = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
         asked = {name: option(name) if value is None else value for name, value in asked.items()}
         cache = SinkCache(**{name: value for name, value in asked.items() if value is not None})

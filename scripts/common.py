@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: the tiny model of this repository)")
+    parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: the model of this repository)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (default: %(default)s)"
     )

@@ -34,6 +34,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 ROOT = Path(__file__).resolve().parents[1]
+METHOD = "custom_generate/generate.py"
 # What belongs on the Hub; an asterisk stops at a slash. What is there and matches is ours to change and to remove.
 METHOD_PATTERNS = (
     "README.md",
@@ -63,8 +64,9 @@ MODEL_PATTERNS = (
     "merges.txt",
     "chat_template.jinja",
 )
-REQUIRED_FILES = ("README.md", "custom_generate/generate.py", "config.json", "*.safetensors")
+REQUIRED_FILES = ("README.md", METHOD, "config.json", "*.safetensors")
 OF_THE_HUB = {".gitattributes"}
+OF_A_NEW_REPOSITORY = {"README.md", "LICENSE"}  # which the Hub's form for new repositories can put there
 REQUIRED_METADATA = {"library_name": "transformers", "license": None, "pipeline_tag": None}  # None: any value
 TAG_OF_METHODS = "custom_generate"
 MODEL_CHAPTER = re.compile(r"(?<=\n)## Base model\n.*?(?=\n## )", re.DOTALL)
@@ -74,7 +76,8 @@ Any decoder-only model that encodes positions relatively; see the next chapter. 
 are those of {model}, so that method and model can be tried together:
 
 {code}
-The **tiny model** that this page, `scripts/` and `tests/` speak of is not in this repository; `scripts/train_tiny_model.py` makes it.
+The **tiny model** that the rest of this page speaks of, and that some of `tests/` need, is not in this repository;
+`scripts/train_tiny_model.py` makes it.
 """
 MAX_LOGIT_DIFFERENCE = 1e-5  # of two runs on one machine
 # httpx and httpx2 do not derive their errors from OSError, and which of them the Hub's client uses depends on its release.
@@ -105,6 +108,15 @@ def list_files(folder: Path, patterns: tuple[str, ...]) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
+def list_left_out(folder: Path, listed: list[str]) -> list[str]:
+    """What lies where ours does and is not published: it may have been meant to be."""
+    places = {Path(pattern).parts[0] for pattern in METHOD_PATTERNS if "/" in pattern}
+    found = [*folder.glob("*"), *(path for place in places for path in (folder / place).rglob("*"))]
+    paths = {path.relative_to(folder) for path in found if path.is_file()}
+    is_hidden = {path for path in paths if any(part.startswith((".", "__pycache__")) for part in path.parts)}
+    return sorted({path.as_posix() for path in paths - is_hidden} - set(listed))
+
+
 def is_ours(path: str) -> bool:
     return any(
         fnmatch.fnmatchcase(path, pattern) and path.count("/") == pattern.count("/")
@@ -122,6 +134,8 @@ def stage(repo_id: str, base_model: str | None, folder: Path) -> dict[str, Commi
         raise Refusal(
             f"What would be published lacks {', '.join(lacking)} (code is taken from {ROOT}, weights from {model_folder})."
         )
+    for path in list_left_out(ROOT, list_files(ROOT, METHOD_PATTERNS + MODEL_PATTERNS)):
+        log(f"  left out {path}: not one of the files that belong to the method")
     card = make_card(sources.pop("README.md").read_text(encoding="utf-8"), repo_id, base_model)
     (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
     for path, source in sources.items():
@@ -157,8 +171,9 @@ def make_card(text: str, repo_id: str, base_model: str | None) -> str:
     code = re.search(r"```python\n.*?```\n", chapter[0], re.DOTALL) if chapter else None
     if code is None:
         raise Refusal('README.md has no chapter "## Base model" with an example that could be written for the base model.')
-    name = "another model"  # a folder's name says nothing to others
-    if not Path(base_model).is_dir():
+    if Path(base_model).is_dir():  # whose name says nothing to others
+        name = f"a `{json.loads(Path(base_model, 'config.json').read_text())['architectures'][0]}`"
+    else:
         name = f"[{base_model}](https://huggingface.co/{base_model})"
         header["base_model"] = base_model
     header.pop("language", None)  # the tiny model's
@@ -223,6 +238,10 @@ def look(api: HfApi, args: argparse.Namespace) -> Remote:
             f"{args.repo_id} has files that are not of this repository: {', '.join(foreign)}. Delete them there, or publish to another "
             "repository."
         )
+    if METHOD not in files and not files.keys() <= OF_A_NEW_REPOSITORY:
+        raise Refusal(
+            f"{args.repo_id} holds something else: it has no {METHOD}, but {', '.join(sorted(files))}. Publish to another repository."
+        )
     return Remote(True, refs, {ref.name: ref.target_commit for ref in found.tags}, head, files)
 
 
@@ -270,7 +289,7 @@ def put(api: HfApi, args: argparse.Namespace, remote: Remote, operations: list) 
         log(f"Creating {args.repo_id}, {'private' if args.private else 'public'} ...")
         api.create_repo(args.repo_id, private=args.private)
         remote = look(api, args)
-    log(f"Committing {len(operations)} files ...")
+    log(f"Committing {len(operations)} file{'s' * (len(operations) > 1)} ...")
     try:
         info = api.create_commit(
             args.repo_id,
@@ -305,7 +324,7 @@ def publish(args: argparse.Namespace, folder: Path, logits: str) -> dict:
     try:
         remote = look(api, args)
     except NETWORK_ERRORS as error:
-        if not args.dry_run:
+        if not args.dry_run or hasattr(error, "response"):  # an answer that nothing can be seen there is one
             raise
         log(f"Not compared with the Hub. {explain(error)}")
         return {"repo_id": args.repo_id, "dry_run": True, "files": list(additions)}
@@ -313,6 +332,15 @@ def publish(args: argparse.Namespace, folder: Path, logits: str) -> dict:
     difference = compare(additions, remote.files)
     operations = [additions[path] for path in difference["added"] + difference["changed"]]
     operations += [CommitOperationDelete(path) for path in difference["removed"]]
+    replaced = [path for path in difference["changed"] + difference["removed"] if path == "config.json" or "safetensors" in path]
+    if replaced and not args.replace_model:
+        reason = (
+            f"{args.repo_id} holds another model than what would be published ({', '.join(replaced)} would change). Give --base-model as "
+            "when it was published, or --replace-model if another model is meant to go there."
+        )
+        if not args.dry_run:
+            raise Refusal(reason)
+        log(reason)
     if args.tag in remote.tags and (operations or remote.tags[args.tag] != remote.head):
         raise Refusal(f"The tag {args.tag} exists, and names another state ({remote.tags[args.tag]}). Take another name.")
     if args.dry_run:
@@ -327,11 +355,13 @@ def publish(args: argparse.Namespace, folder: Path, logits: str) -> dict:
     check = run_child("compare_logits", args.repo_id, published.revision, logits)
     if "error" in check:
         raise Refusal(f"What is published now ({published.commit_url}) does not work, and is not tagged. {check['error']}")
+    log("The logits are the same.")
     if args.tag and args.tag not in remote.tags:
         try:
             api.create_tag(args.repo_id, tag=args.tag, revision=published.commit)
         except NETWORK_ERRORS as error:
             raise Refusal(f"{published.commit_url} is published and works, but could not be tagged. {explain(error)}") from error
+        log(f"Tagged: {args.tag}")
     found = {"commit_url": published.commit_url, "commit": published.commit, "tag": args.tag, "pr_url": published.pr_url}
     return {"repo_id": args.repo_id, **found, **difference, **check}
 
@@ -437,7 +467,8 @@ def main() -> int:
     )
     parser.add_argument("--tag", help="name for this state, such as v1.0.0; set when it has been loaded from the Hub")
     parser.add_argument("--message", default="Publish the attention-sink KV cache", help="of the commit (default: %(default)s)")
-    parser.add_argument("--base-model", help="Hub id or folder of the model to publish with it in place of the tiny one")
+    parser.add_argument("--base-model", help="Hub id or folder of the model to publish with it in place of that in this folder")
+    parser.add_argument("--replace-model", action="store_true", help="put another model in the place of the one that is there")
     parser.add_argument("--dry-run", action="store_true", help="list what would be published and what it would change, no more")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -144,8 +144,11 @@ def test_what_lies_around_is_not_published(hub, published, original, folder, hom
         (folder / path).write_text("x")
     clean = sorted(path.relative_to(original).as_posix() for path in original.rglob("*") if path.is_file())
     clean = [path for path in clean if "__pycache__" not in path]
-    result = result_of(run_publish(hub.url, folder, home, "--dry-run"))
+    done = run_publish(hub.url, folder, home, "--dry-run")
+    result = result_of(done)
     assert result["files"] == clean and result["unchanged"] == len(clean)
+    told = re.findall(r"left out (\S+):", done.stderr)
+    assert told == ["custom_generate/other.py", "model.bin", "notes.txt", "scripts/sub/deep.py", "tests/output.json"]
 
 
 def test_a_dry_run_tells_the_difference_and_only_reads(hub, published, folder, home):
@@ -323,13 +326,16 @@ def test_the_card_with_another_model(original, other_model):
         re.search(r"\n## Base model\n.*?\n## Model compatibility\n", page, re.DOTALL).group() for page in (text, body)
     )
     _, code, training = re.split("```(?:python)?\n", before)
-    assert "[Qwen/Qwen3-0.6B](https://huggingface.co/Qwen/Qwen3-0.6B)" in chapter and "tiny model** that this page" in chapter
+    assert (
+        "[Qwen/Qwen3-0.6B](https://huggingface.co/Qwen/Qwen3-0.6B)" in chapter
+        and "tiny model** that the rest of this page" in chapter
+    )
     assert code.replace("org/sink_cache", REPO) in chapter and training not in chapter and "2 M parameters" not in chapter
     same = publish.make_card(text, REPO, None).split("\n## Model compatibility\n")[1]
     assert same == card.split("\n## Model compatibility\n")[1]
 
     header, body = publish.split_card(publish.make_card(text, REPO, str(other_model)))
-    assert "base_model" not in header and str(other_model) not in body and "those of another model" in body
+    assert "base_model" not in header and str(other_model) not in body and "those of a `LlamaForCausalLM`" in body
 
 
 def test_a_pull_request(hub, published, folder, home):
@@ -386,7 +392,7 @@ def test_an_upload_that_fails_publishes_nothing(hub, published, folder, home):
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
     hub.faults = [("/large/", 413)]
-    line = refusal_of(run_publish(hub.url, folder, home, running=False))
+    line = refusal_of(run_publish(hub.url, folder, home, "--replace-model", running=False))
     assert line.startswith("error: Nothing was published. ") and "413" in line and not hub.faults
     assert hub.repos[REPO].branches["main"] == published["commit"]
 
@@ -442,6 +448,7 @@ def test_a_token_that_may_only_read(hub, published, folder, home):
         (["--revision", "draft"], {}, f"{REPO} has no branch draft, only main"),
         (["--revision", "draft"], {"repo_id": "acme/new"}, "acme/new does not exist"),
         (["--create-pr"], {"repo_id": "acme/new"}, "acme/new does not exist"),
+        (["--dry-run"], {"token": "of somebody else"}, "The Hub does not accept the token."),
         (["--create-pr", "--tag", "v2"], {}, "tag it when it is merged"),
         (["--tag", "a b"], {}, "--tag must be of letters"),
         (["--base-model", "acme/none"], {}, "acme/none is neither a folder nor can it be downloaded"),
@@ -474,6 +481,32 @@ def test_files_of_others_are_not_touched(hub, published, original, home):
     finally:
         repo.branches["main"] = published["commit"]
     assert "docs/README.md, scripts/more/run.py, weights.bin" in line and ".gitattributes" not in line
+
+
+def test_a_model_is_not_replaced_unasked(hub, published, folder, original, other_model, home):
+    """By the tiny one, for want of --base-model in a later run: that would be the end of the model that is there."""
+    for path in publish.list_files(folder, publish.MODEL_PATTERNS):
+        (folder / path).unlink()
+    for path in other_model.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    line = refusal_of(run_publish(hub.url, folder, home, running=False))
+    assert "holds another model" in line and "config.json, " in line and "--base-model" in line and "--replace-model" in line
+    done = run_publish(hub.url, folder, home, "--dry-run")
+    assert "holds another model" in done.stderr and "config.json" in result_of(done)["changed"]
+    assert hub.repos[REPO].branches["main"] == published["commit"]
+    result = result_of(run_publish(hub.url, folder, home, "--replace-model", running=False))
+    assert "config.json" in result["changed"] and hub.repos[REPO].branches["main"] == result["commit"]
+    hub.repos[REPO].branches["main"] = published["commit"]
+
+
+def test_a_repository_of_something_else_is_left_alone(hub, original, home):
+    """All its files have names that ours have, too."""
+    repo = hub.repos["acme/model"] = Repo(is_private=False)
+    files = {name: File(b"theirs") for name in ("README.md", "config.json", "model.safetensors")}
+    before = repo.branches["main"] = repo.commit(repo.branches["main"], files, "a model")
+    line = refusal_of(run_publish(hub.url, original, home, "--replace-model", repo_id="acme/model"))
+    assert "holds something else" in line and "README.md, config.json, model.safetensors" in line
+    assert repo.branches["main"] == before
 
 
 CARD = {"library_name": "transformers", "license": "apache-2.0", "pipeline_tag": "text-generation", "tags": ["custom_generate"]}
