@@ -1695,7 +1695,10 @@ def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size
     @functools.wraps(update_kwargs)
     def update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs):
         kept = {name: value for name, value in model_kwargs.items() if name not in GROWING_INPUTS}
-        return update_kwargs(outputs, kept, *args, **kwargs)
+        updated = update_kwargs(outputs, kept, *args, **kwargs)
+        if "cache_position" in updated:
+            updated["cache_position"] = updated["cache_position"][-1:]
+        return updated
 
     view.prepare_inputs_for_generation = prepare_inputs_for_generation
     view._update_model_kwargs_for_generation = update_model_kwargs_for_generation

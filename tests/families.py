@@ -142,6 +142,8 @@ def build_config(name: str, **overrides):
     class_name, arguments = FAMILIES[name]
     if not hasattr(transformers, class_name):
         pytest.skip(f"transformers {TRANSFORMERS} has no {class_name}")
+    if name == "olmo2" and (TRANSFORMERS.major, TRANSFORMERS.minor) == (5, 4):
+        pytest.skip("transformers 5.4 rejects the default of its own Olmo2Config")
     common = {key: value for key, value in COMMON.items() if not ({"n_embd", "d_model"} & arguments.keys()) or "num_" not in key}
     arguments = {**common, **arguments, **overrides}
     if not hasattr(transformers.LlamaConfig(), "rope_parameters"):  # before 5.0
