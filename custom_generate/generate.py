@@ -91,7 +91,7 @@ def _own_cache(config) -> DynamicCache:
 def _own_layers(config) -> list:
     """The layers of that cache, new; or what stands for them where a release does not tell them apart."""
     if HAS_LAYERS_BY_CONFIG:
-        return DynamicCache(config=config).layers
+        return _own_cache(config).layers
     sliding_window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     default = "full_attention" if sliding_window is None else "sliding_attention"
     layers = []
@@ -295,6 +295,10 @@ class ModelTraits:
     is_recurrent: bool
     layer_types: tuple[str, ...] | None
     has_old_masks: bool
+
+    @functools.cached_property
+    def has_native_windows(self) -> bool:
+        return any(layer is not None and layer.native_window is not None for layer in self.layers)
 
 
 # How far keys may be from a rotation that explains them: what rounding does, relative to the length of a pair. In float32 it is that of
@@ -1193,7 +1197,7 @@ class SinkCache(Cache):
             reason = f"{num_columns} tokens at once go past the window of {length}, and need a mask of their own"
         elif self._traits.is_ordered:
             reason = "the scores of this model depend on the order of the keys, which it takes from the mask"
-        elif self._has_native_windows and not MODELS_ASK_FOR_QUERY_OFFSET:
+        elif self._traits.has_native_windows and not MODELS_ASK_FOR_QUERY_OFFSET:
             reason = "this release of transformers makes a mask for layers with native windows that does not fit to the cache"
         elif self._traits.is_recurrent:
             reason = "the recurrent layers of this model are told by `prepare` what is padding, and positions by nobody else"
@@ -1328,12 +1332,8 @@ class SinkCache(Cache):
         """Whether the mask that the model makes by itself is right, where each token sees all that is handed out before it."""
         if self._traits.has_old_masks:  # only if it makes none
             makes_none = self._pass.num_columns == 1 or not any(self._num_seen)
-            return self._config._attn_implementation == "sdpa" and makes_none and not self._has_native_windows
-        return MODELS_ASK_FOR_QUERY_OFFSET or not self._has_native_windows
-
-    @property
-    def _has_native_windows(self) -> bool:
-        return any(layer is not None and layer.native_window is not None for layer in self._traits.layers)
+            return self._config._attn_implementation == "sdpa" and makes_none and not self._traits.has_native_windows
+        return MODELS_ASK_FOR_QUERY_OFFSET or not self._traits.has_native_windows
 
     def _padding(self, device: torch.device) -> torch.Tensor | None:
         """The mask of the columns of this pass, `[batch, num_columns]`; None if none is padding."""

@@ -39,7 +39,7 @@ METHOD = "custom_generate/generate.py"
 METHOD_PATTERNS = (
     "README.md",
     "LICENSE",
-    "custom_generate/generate.py",
+    METHOD,
     "custom_generate/requirements.txt",
     "scripts/*.py",
     "scripts/requirements.txt",
@@ -64,6 +64,7 @@ MODEL_PATTERNS = (
     "merges.txt",
     "chat_template.jinja",
 )
+PATTERNS = METHOD_PATTERNS + MODEL_PATTERNS
 REQUIRED_FILES = ("README.md", METHOD, "config.json", "*.safetensors")
 OF_THE_HUB = {".gitattributes"}
 OF_A_NEW_REPOSITORY = {"README.md", "LICENSE"}  # which the Hub's form for new repositories can put there
@@ -118,10 +119,7 @@ def list_left_out(folder: Path, listed: list[str]) -> list[str]:
 
 
 def is_ours(path: str) -> bool:
-    return any(
-        fnmatch.fnmatchcase(path, pattern) and path.count("/") == pattern.count("/")
-        for pattern in METHOD_PATTERNS + MODEL_PATTERNS
-    )
+    return any(fnmatch.fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in PATTERNS)
 
 
 def stage(repo_id: str, base_model: str | None, folder: Path) -> dict[str, CommitOperationAdd]:
@@ -134,7 +132,7 @@ def stage(repo_id: str, base_model: str | None, folder: Path) -> dict[str, Commi
         raise Refusal(
             f"What would be published lacks {', '.join(lacking)} (code is taken from {ROOT}, weights from {model_folder})."
         )
-    for path in list_left_out(ROOT, list_files(ROOT, METHOD_PATTERNS + MODEL_PATTERNS)):
+    for path in list_left_out(ROOT, list_files(ROOT, PATTERNS)):
         log(f"  left out {path}: not one of the files that belong to the method")
     card = make_card(sources.pop("README.md").read_text(encoding="utf-8"), repo_id, base_model)
     (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
@@ -324,7 +322,7 @@ def publish(args: argparse.Namespace, folder: Path, logits: str) -> dict:
     try:
         remote = look(api, args)
     except NETWORK_ERRORS as error:
-        if not args.dry_run or hasattr(error, "response"):  # an answer that nothing can be seen there is one
+        if not args.dry_run or getattr(error, "response", None) is not None:  # an answer that nothing can be seen there is one
             raise
         log(f"Not compared with the Hub. {explain(error)}")
         return {"repo_id": args.repo_id, "dry_run": True, "files": list(additions)}

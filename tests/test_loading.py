@@ -8,16 +8,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from families import TRANSFORMERS
+from families import TRANSFORMERS, allow_local_code
 from packaging import version
 
 ROOT = Path(__file__).parents[1]
 COMMON = f"""
-    import os
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.dynamic_module_utils import create_dynamic_module, get_class_from_dynamic_module
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
     repo = {str(ROOT)!r}
     tokenizer = AutoTokenizer.from_pretrained(repo)
     inputs = tokenizer("import os\\n", return_tensors="pt")
@@ -29,8 +27,6 @@ COMMON = f"""
         cache = outputs.past_key_values
         assert type(cache).__name__ == "SinkCache" and cache.num_tokens_held == 16, cache
         print(outputs.sequences[0].tolist())
-    if transformers.__version__.startswith("4.52"):  # which forgets to make this folder before it copies a local repository to it
-        create_dynamic_module(f"transformers_modules/{{os.path.basename(repo)}}/custom_generate")
     model = AutoModelForCausalLM.from_pretrained(repo).float()
 """
 WAYS = {
@@ -79,7 +75,7 @@ WAYS = {
 
 
 def run(code: str) -> str:
-    script = textwrap.dedent(COMMON) + textwrap.dedent(code)
+    script = allow_local_code(ROOT) + textwrap.dedent(COMMON) + textwrap.dedent(code)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import publish
 import pytest
-import transformers
 import yaml
+from families import TRANSFORMERS
 from hub import File, Hub, Repo
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 REPO = "acme/streams"
-PATTERNS = publish.METHOD_PATTERNS + publish.MODEL_PATTERNS
 NOBODY = "http://127.0.0.1:1"
 WITHOUT_RUNNING = """
 import sys
@@ -47,7 +46,7 @@ def _no_fault_outlives_its_test(hub):
 def original(tmp_path_factory) -> Path:
     """A copy of what belongs on the Hub, as a checkout from there would be: without git."""
     folder = tmp_path_factory.mktemp("original") / "sink_cache"
-    for path in publish.list_files(ROOT, PATTERNS):
+    for path in publish.list_files(ROOT, publish.PATTERNS):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, folder / path)
     return folder
@@ -122,7 +121,7 @@ def test_all_that_git_tracks_is_published_but_for_hidden_files():
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     tracked = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
     visible = {path for path in tracked if not path.startswith(".") and "/." not in path and (ROOT / path).exists()}
-    assert set(publish.list_files(ROOT, PATTERNS)) == visible
+    assert set(publish.list_files(ROOT, publish.PATTERNS)) == visible
 
 
 def test_what_lies_around_is_not_published(hub, published, original, folder, home):
@@ -166,7 +165,7 @@ def test_a_dry_run_tells_the_difference_and_only_reads(hub, published, folder, h
 
 def test_a_dry_run_needs_no_network(original, other_model, home):
     result = result_of(run_publish(NOBODY, original, home, "--dry-run", token=None))
-    assert result["files"] == publish.list_files(original, PATTERNS) and "added" not in result
+    assert result["files"] == publish.list_files(original, publish.PATTERNS) and "added" not in result
     result = result_of(run_publish(NOBODY, original, home, "--dry-run", "--base-model", other_model, token=None))
     models = publish.list_files(other_model, publish.MODEL_PATTERNS)
     assert result["files"] == sorted(publish.list_files(original, publish.METHOD_PATTERNS) + models)
@@ -178,7 +177,7 @@ def test_a_dry_run_needs_no_network(original, other_model, home):
 def test_what_is_published_is_the_folder(hub, published, original):
     """In one commit, with the name in the model card, the weights in LFS, and checked from the Hub before it is tagged."""
     repo = hub.repos[REPO]
-    local = {path: (original / path).read_bytes() for path in publish.list_files(original, PATTERNS)}
+    local = {path: (original / path).read_bytes() for path in publish.list_files(original, publish.PATTERNS)}
     remote = repo.files()
     assert published["added"] == sorted(local) == sorted(remote.keys() - {".gitattributes"})
     card = remote.pop("README.md").decode()
@@ -280,7 +279,7 @@ def test_a_private_repository_with_another_model(hub, original, other_model, wei
     assert remote["config.json"] == (other_model / "config.json").read_bytes()
     assert remote["custom_generate/generate.py"] == (original / "custom_generate" / "generate.py").read_bytes()
     # Up to 4.56, `generate` looks for the method with the token of the environment only.
-    token = "reader" if Version(transformers.__version__) < Version("4.57") else None
+    token = "reader" if TRANSFORMERS < Version("4.57") else None
     run_user(
         hub,
         tmp_path,

@@ -20,6 +20,7 @@ from pathlib import Path
 import publish
 import pytest
 import transformers
+from families import TRANSFORMERS, allow_local_code
 from generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_PREFILL_CHUNK_SIZE, DEFAULT_WINDOW_LENGTH, UNSUPPORTED_OPTIONS, generate
 from packaging.version import Version
 
@@ -35,11 +36,6 @@ PYTHON = [(heading, code) for heading, part in PARTS for code in re.findall(r"``
 BASH = [(heading, code) for heading, part in PARTS for code in re.findall(r"```bash\n(.*?)```", part, re.DOTALL)]
 IMAGES = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", TEXT)
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-# transformers 4.52 can't load custom code from a folder without this.
-IN_4_52 = """
-from transformers.dynamic_module_utils import create_dynamic_module
-create_dynamic_module("transformers_modules/{}/custom_generate")
-"""
 SECTIONS = [
     "Description",
     "Base model",
@@ -82,16 +78,14 @@ def run_example(code: str, repo: Path, cwd: Path) -> str:
         code = code.replace(f'"{name}"', repr(str(repo)))
     assert str(repo) in code
     code = code.replace("torch.compile(", 'torch.compile(backend="eager", model=')  # captured, not translated: that takes minutes
-    if Version(transformers.__version__) < Version("4.53"):
-        code = IN_4_52.format(repo.name) + code
-    return run([sys.executable, "-c", code], cwd).stdout
+    return run([sys.executable, "-c", allow_local_code(repo) + code], cwd).stdout
 
 
 @pytest.fixture(scope="module")
 def copy_of_repository(tmp_path_factory) -> Path:
     """What is published, in a folder in which commands may write."""
     folder = tmp_path_factory.mktemp("copy") / "sink_cache"
-    for path in publish.list_files(ROOT, publish.METHOD_PATTERNS + publish.MODEL_PATTERNS):
+    for path in publish.list_files(ROOT, publish.PATTERNS):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, folder / path)
     return folder
@@ -129,7 +123,7 @@ assert cache.get_seq_length() >= text.shape[1] - 1
     run_example(code, repo, tmp_path)
 
 
-@pytest.mark.skipif(Version(transformers.__version__) < Version("4.53"), reason="the README says that scripts want 4.53 or newer")
+@pytest.mark.skipif(TRANSFORMERS < Version("4.53"), reason="the README says that scripts want 4.53 or newer")
 @pytest.mark.parametrize("code", [pytest.param(code, id=heading) for heading, code in BASH if "python scripts/" in code])
 def test_the_commands_run(code, copy_of_repository):
     """One after the other, in the repository. Installing is what CI does; publishing and the table of types have their own tests."""
@@ -156,7 +150,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 # `transformers serve` and `transformers chat`
 
 SERVE_HEADING = "`transformers serve` and `transformers chat`"
-HAS_SERVE = importlib.util.find_spec("fastapi") is not None and Version(transformers.__version__) >= Version("5.5")
+HAS_SERVE = importlib.util.find_spec("fastapi") is not None and TRANSFORMERS >= Version("5.5")
 serving = pytest.mark.skipif(not HAS_SERVE, reason="needs transformers[serving], 5.5 or newer")
 # A window that an answer leaves far behind, in place of the one in the examples.
 SERVED_WINDOW, NUM_SERVED_TOKENS = "24", 100
@@ -336,7 +330,7 @@ def test_the_results_are_those_that_were_measured():
 
 
 def test_linked_files_are_published():
-    published = set(publish.list_files(ROOT, publish.METHOD_PATTERNS + publish.MODEL_PATTERNS))
+    published = set(publish.list_files(ROOT, publish.PATTERNS))
     links = {link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("https://")}
     assert links == {path for _, path in IMAGES} == {"figures/kept.png", "figures/nats.png"}
     for path in links | set(re.findall(r"`((?:scripts|custom_generate|tests|results)/[\w./]+\.\w+)", TEXT)):

@@ -225,7 +225,7 @@ def _fields(config_class: type[PretrainedConfig]) -> dict[str, str]:
 
 
 def _parts(config_class: type[PretrainedConfig]) -> dict[str, type[PretrainedConfig]]:
-    """The config classes of those parts of a composite model that it can't do without; before 5.?, of all parts."""
+    """The config classes of those parts of a composite model that it can't do without; before 5.20, of all parts."""
     if not hasattr(config_class, "sub_configs_defaults"):
         return {name: part for name, part in config_class.sub_configs.items() if hasattr(part, "model_type")}
     specs = {name: spec for name, spec in config_class.sub_configs_defaults.items() if not spec.optional}
