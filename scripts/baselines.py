@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import common  # noqa: F401  where `generate` is found
 import torch
 from generate import Rotation, model_traits
-from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, PreTrainedConfig, QuantizedCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, PretrainedConfig, QuantizedCache, StaticCache
 
 PREFILL_CHUNK_LENGTH = 1024
 
@@ -61,7 +61,7 @@ def storage_bytes(holder) -> int:
     storages, seen, found = {}, set(), [holder]
     while found:
         item = found.pop()
-        if id(item) in seen or isinstance(item, type | torch.nn.Module | PreTrainedConfig) or callable(item):
+        if id(item) in seen or isinstance(item, type | torch.nn.Module | PretrainedConfig) or callable(item):
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):

@@ -9,7 +9,8 @@ Three measurements (`--measure`), on a model of the Hub or on random weights of 
              over as many keys.
 
 Times are medians; spreads are quartiles. A step takes one token of each row of a batch: its time is what a token of a row takes, and
-tokens a second count all rows. Rows are appended to `--csv` as they are measured, and Ctrl-C keeps what was.
+tokens a second count all rows. The lines of the table are appended to `--csv` as they are measured, and Ctrl-C keeps what was: the exit
+status is 130 then. What can't run here is left out, with the reason. Needs transformers 4.56 or newer.
 
     python scripts/benchmark.py --window-length 256 1024 4096 --csv results/benchmark.csv
     python scripts/benchmark.py --preset tiny --measure stream --stream-length 1000 10000 100000 --csv results/benchmark.csv
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -77,7 +79,7 @@ NUM_WARMUP_TURNS = 2  # what is compiled may be compiled again on the second
 STREAM_PROMPT_LENGTH = 8
 BUCKETS_PER_DECADE = 8  # of positions in a stream
 CSV_COLUMNS = (
-    "date commit measure method reference model window_length num_sink_tokens batch_size position chunk_length ms_per_token ms_low ms_high "
+    "date commit measure method reference model window_length num_sink_tokens batch_size position chunk_length num_keys ms_per_token ms_low ms_high "
     "tokens_per_second ratio ratio_low ratio_high bytes_held device_peak_bytes process_peak_bytes num_rounds torch transformers python "
     "device device_name dtype attention num_threads seed"
 ).split()
@@ -121,7 +123,7 @@ class SinkDecoder(Decoder):
         return self.model(**self.cache.prepare(token)).logits
 
 
-# Name -> decoder. Those of STREAMS, too, go on without an end.
+# Name -> what decodes at a full window, in a loop of the benchmark.
 DECODERS: dict[str, Callable] = {
     "sink": SinkDecoder,
     "sink-static": functools.partial(SinkDecoder, is_static=True),
@@ -140,14 +142,17 @@ DECODERS: dict[str, Callable] = {
 
 
 def stream_loop(method: str, model, setup: Setup, num_tokens: int, clock: "TokenClock") -> None:
-    """The likeliest token, again and again."""
-    decoder = DECODERS[method](model, setup)
+    """The likeliest token, again and again. The prompt, too, goes step by step: what is compiled is compiled off the clock."""
+    first, *others = columns(setup.prompt)
+    decoder = DECODERS[method](model, replace(setup, prompt=first))
+    *others, token = others
+    for other in others:
+        decoder.step(other)
     clock.cache = decoder.cache
     clock.put(setup.prompt)
-    token = setup.prompt[:, -1:]
     for _ in range(num_tokens):
-        token = decoder.step(token)[:, -1:].argmax(-1)
-        clock.put(token.cpu()[:, 0])
+        token = decoder.step(token).argmax(-1)
+        clock.put(token.cpu())
 
 
 def stream_sink_generate(model, setup: Setup, num_tokens: int, clock: "TokenClock", is_static: bool = False) -> None:
@@ -164,6 +169,7 @@ def stream_native_window(model, setup: Setup, num_tokens: int, clock: "TokenCloc
     stream_own_generate(native_window_model(model, setup.window_length), setup, num_tokens, clock)
 
 
+# Name -> what makes a stream: `generate`, or a loop over one of the decoders that go on without an end.
 STREAMS: dict[str, Callable] = {
     "sink-generate": stream_sink_generate,
     "sink-static-generate": functools.partial(stream_sink_generate, is_static=True),
@@ -189,17 +195,12 @@ class Report:
         self.about, self.path = about, path
         self.rows: list[dict] = []
         self.left_out: dict[str, str] = {}
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if path is not None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(",".join(CSV_COLUMNS) + "\n", encoding="utf-8")
-        with path.open(encoding="utf-8") as file:
-            if file.readline().strip().split(",") != list(CSV_COLUMNS):
-                sys.exit(f"{path} has other columns than this benchmark writes. Remove it first, or write to another file.")
 
     def add(self, measure: str, method: str, **values) -> None:
-        row = {"measure": measure, "method": method, **values}
+        row = {"measure": measure, "method": method, **values, "process_peak_bytes": process_peak_bytes()}
         self.rows.append(row)
         if self.path is not None:
             with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -208,14 +209,15 @@ class Report:
 
     def leave_out(self, method: str, reason: object) -> None:
         """Say once why a method is not measured."""
-        reason = str(reason).strip().partition("\n")[0] or type(reason).__name__
+        text = str(reason).strip().partition("\n")[0]
+        reason = text if isinstance(reason, str | ValueError | ImportError) else f"{type(reason).__name__}: {text}"
         if self.left_out.get(method) != reason:
             tqdm.write(f"{method} is left out: {reason}", file=sys.stderr)
         self.left_out[method] = reason
 
     def print_tables(self) -> None:
         for measure, columns in TABLE_COLUMNS.items():
-            rows = [row for row in self.rows if row["measure"] == measure]
+            rows = [row for row in self.rows if row["measure"] == measure and row.get("is_printed", True)]
             if rows:
                 print(f"{measure}:\n\n| {columns.replace(' ', ' | ')} |\n{'|---' * len(columns.split())}|")
                 for row in rows:
@@ -300,7 +302,7 @@ class TokenClock:
         self.position, self.bucket, self.total, self.cache = 0, [], 0.0, None
 
     def put(self, token_ids: torch.Tensor) -> None:
-        if self.position == 0:  # the prompt, not yet read
+        if self.position == 0:  # the prompt
             self.position = token_ids.shape[1]
         else:
             self.position += 1
@@ -334,15 +336,29 @@ def random_ids(model, batch_size: int, num_tokens: int, seed: int) -> torch.Tens
     )
 
 
+def columns(ids: torch.Tensor) -> list[torch.Tensor]:
+    """Each token by itself, `[batch, 1]`, in memory as a decoding loop has it: compiled code is made for certain strides."""
+    return [column.clone()[:, None] for column in ids.unbind(1)]
+
+
+def conditions(setup: Setup) -> dict:
+    """The columns that say what a measurement is of."""
+    return {
+        "window_length": setup.window_length,
+        "num_sink_tokens": setup.num_sink_tokens,
+        "batch_size": len(setup.prompt),
+    }
+
+
 def decode_turn(decoder: Decoder, tokens: torch.Tensor) -> float:
     """Milliseconds a step."""
-    tokens = tokens[:, : decoder.max_turn_length]
+    turn = columns(tokens)[: decoder.max_turn_length]
 
     def steps() -> None:
-        for token in tokens.split(1, dim=1):
+        for token in turn:
             decoder.step(token)
 
-    return milliseconds(steps, tokens.device) / tokens.shape[1]
+    return milliseconds(steps, tokens.device) / len(turn)
 
 
 def make_decoders(args, model, setup: Setup, tokens: torch.Tensor, report: Report) -> dict[str, Decoder]:
@@ -366,40 +382,46 @@ def make_decoders(args, model, setup: Setup, tokens: torch.Tensor, report: Repor
 
 def measure_decode(args, model, window_length: int, batch_size: int, report: Report) -> None:
     torch.compiler.reset()
-    about = {"window_length": window_length, "batch_size": batch_size, "num_sink_tokens": args.num_sink_tokens}
     prompt = random_ids(model, batch_size, window_length, args.seed)
     setup = Setup(window_length, args.num_sink_tokens, prompt, args.num_tokens, args.compile_mode)
     tokens = random_ids(model, batch_size, args.num_tokens, args.seed + 1)
     decoders = make_decoders(args, model, setup, tokens, report)
-    times: dict[str, list[float]] = {name: [] for name in decoders}
-    held, peaks, peak = {}, {}, DevicePeak(model)
-    for round_number in tqdm(range(args.num_rounds), desc=f"decode, window {window_length}, batch {batch_size}", file=sys.stderr):
-        first = round_number % max(len(decoders), 1)
-        order = [*decoders][first:] + [*decoders][:first]
-        for name in order[:: 1 if round_number % 2 else -1]:
-            peak.start()
-            times[name].append(decode_turn(decoders[name], tokens))
-            held[name] = decoders[name].num_bytes_held
-            peaks[name] = peak.bytes(held[name])
-            decoders[name].rewind()
-
-    def ratios(name: str, reference: str) -> dict:
-        if reference not in times:
-            return {}
-        return {"reference": reference, **spread("ratio", [one / other for one, other in zip(times[name], times[reference])])}
-
-    for name in times:
-        step = spread("ms_per_token", times[name], "ms")
-        report.add(
-            "decode", name, **about, **step, **ratios(name, args.reference), tokens_per_second=1000 * batch_size / step["ms_per_token"],
-            bytes_held=held[name], device_peak_bytes=peaks[name], process_peak_bytes=process_peak_bytes(), num_rounds=args.num_rounds,
-        )  # fmt: skip
-    for ours in (name for name in times if name in OUR_METHODS):
-        for other in (name for name in times if name != ours):
-            report.add("ratio", ours, **about, **ratios(ours, other), num_rounds=args.num_rounds)
+    turns: dict[str, list[float]] = {name: [] for name in decoders}  # milliseconds a step
+    memory: dict[str, dict] = {}
+    peak = DevicePeak(model)
+    progress = tqdm(range(args.num_rounds), desc=f"decode, window {window_length}, batch {batch_size}", file=sys.stderr)
+    try:
+        for number in progress:
+            first = number % max(len(decoders), 1)
+            order = [*decoders][first:] + [*decoders][:first]
+            for name in order[:: 1 if number % 2 else -1]:
+                peak.start()
+                turns[name].append(decode_turn(decoders[name], tokens))
+                held = decoders[name].num_bytes_held
+                memory[name] = {"bytes_held": held, "device_peak_bytes": peak.bytes(held)}
+                decoders[name].rewind()
+    finally:  # also of the rounds before an interruption
+        if all(turns.values()):
+            report_decode(args, setup, turns, memory, report)
     if args.limits:
         for name, value in hardware_limits(args, model, window_length, batch_size).items():
-            report.add("limit", name, **about, ms_per_token=value)
+            report.add("limit", name, **conditions(setup), ms_per_token=value)
+
+
+def report_decode(args, setup: Setup, turns: dict[str, list[float]], memory: dict[str, dict], report: Report) -> None:
+    def ratios(name: str, reference: str) -> dict:
+        if reference not in turns:
+            return {}
+        return {"reference": reference, **spread("ratio", [one / other for one, other in zip(turns[name], turns[reference])])}
+
+    about = {**conditions(setup), "num_rounds": min(map(len, turns.values()), default=0)}
+    for name in turns:
+        step = spread("ms_per_token", turns[name], "ms")
+        rate = 1000 * len(setup.prompt) / step["ms_per_token"]
+        report.add("decode", name, **about, **step, tokens_per_second=rate, **ratios(name, args.reference), **memory[name])
+    for ours in (name for name in turns if name in OUR_METHODS):
+        for other in (name for name in turns if name != ours):
+            report.add("ratio", ours, **about, **ratios(ours, other))
 
 
 def hardware_limits(args, model, window_length: int, batch_size: int) -> dict[str, float]:
@@ -409,9 +431,10 @@ def hardware_limits(args, model, window_length: int, batch_size: int) -> dict[st
     """
     config, embeddings = model.config.get_text_config(), model.get_input_embeddings().weight
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     is_tied = model.get_output_embeddings().weight is embeddings
     num_weights = sum(weight.numel() for weight in model.parameters()) - (0 if is_tied else embeddings.numel())
-    num_states = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * window_length * batch_size
+    num_states = 2 * config.num_hidden_layers * num_key_value_heads * head_dim * window_length * batch_size
     num_scores = config.num_hidden_layers * config.num_attention_heads * window_length * batch_size
     num_bytes = (num_weights + num_states) * embeddings.element_size()
     num_operations = 2 * num_weights * batch_size + 4 * num_scores * head_dim
@@ -420,6 +443,7 @@ def hardware_limits(args, model, window_length: int, batch_size: int) -> dict[st
     return {"bytes to move": 1000 * num_bytes / bandwidth, "operations": 1000 * num_operations / rate}
 
 
+@functools.cache
 def measured_bandwidth(device: torch.device, num_bytes: int = 2**28) -> float:
     """Bytes a second that a copy reads and writes."""
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
@@ -427,36 +451,38 @@ def measured_bandwidth(device: torch.device, num_bytes: int = 2**28) -> float:
     return 2 * num_bytes / min(milliseconds(lambda: target.copy_(source), device) for _ in range(10)) * 1000
 
 
+@functools.cache
 def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a product of square matrices."""
     size = 8192 if device.type == "cuda" else 1024
-    matrix = torch.zeros(size, size, dtype=dtype, device=device)
+    matrix = torch.randn(size, size, device=device).to(dtype)  # zeros would take less power, and so less time
     return 2 * size**3 / min(milliseconds(lambda: matrix @ matrix, device) for _ in range(10)) * 1000
 
 
 def measure_stream(args, model, window_length: int, batch_size: int, report: Report) -> None:
     prompt = random_ids(model, batch_size, STREAM_PROMPT_LENGTH, args.seed)
     setup = Setup(window_length, args.num_sink_tokens, prompt, compile_mode=args.compile_mode)
-    about = {"window_length": window_length, "batch_size": batch_size, "num_sink_tokens": args.num_sink_tokens}
+    peak = DevicePeak(model)
     for name in (name for name in args.methods if name in STREAMS):
-        torch.compiler.reset()
-        length = max(args.stream_length)
-        if name == "dynamic-generate":
-            length = min(length, args.max_dynamic_length)
-        peak = DevicePeak(model)
-        peak.start()
+        length = min(max(args.stream_length), args.max_dynamic_length if name == "dynamic-generate" else sys.maxsize)
 
         def on_edge(clock: TokenClock) -> None:
-            num_tokens = batch_size * (clock.position - STREAM_PROMPT_LENGTH)
             report.add(
-                "stream", name, **about, position=clock.position, **spread("ms_per_token", clock.bucket, "ms"),
-                tokens_per_second=1000 * num_tokens / clock.total, bytes_held=storage_bytes(clock.cache),
-                device_peak_bytes=peak.bytes(0), process_peak_bytes=process_peak_bytes(),
-            )  # fmt: skip
+                "stream",
+                name,
+                **conditions(setup),
+                position=clock.position,
+                **spread("ms_per_token", clock.bucket, "ms"),
+                tokens_per_second=1000 * batch_size * (clock.position - STREAM_PROMPT_LENGTH) / clock.total,
+                bytes_held=storage_bytes(clock.cache),
+                device_peak_bytes=peak.bytes(0),  # the cache was made after the start, and is counted with the rest
+                is_printed=clock.position in (*args.stream_length, length),
+            )
 
+        torch.compiler.reset()
+        peak.start()
         with tqdm(total=length, desc=f"stream, window {window_length}, {name}", unit="token", file=sys.stderr) as progress:
-            edges = [edge for edge in bucket_edges(args.stream_length) if edge < length] + [length]
-            clock = TokenClock(edges, on_edge, progress)
+            clock = TokenClock([*bucket_edges(args.stream_length), length], on_edge, progress)
             try:
                 STREAMS[name](model, setup, length - STREAM_PROMPT_LENGTH, clock)
             except Exception as error:
@@ -464,58 +490,57 @@ def measure_stream(args, model, window_length: int, batch_size: int, report: Rep
 
 
 def measure_prefill(args, model, window_length: int, batch_size: int, report: Report) -> None:
-    """Prompts are fed as `generate` feeds them; with the first token that it makes, one among thousands."""
-    about = {"window_length": window_length, "batch_size": batch_size, "num_sink_tokens": args.num_sink_tokens}
+    """Prompts, fed in chunks: to a `SinkCache` as `generate` does it, and to a `DynamicCache` by hand."""
     prompt = random_ids(model, batch_size, args.prefill_windows * window_length, args.seed)
+    setup = Setup(window_length, args.num_sink_tokens, prompt)
     chunk_lengths = [length for length in args.chunk_length if length <= window_length]
-    times: dict[tuple, list[float]] = {}
-    held = {}
+    milliseconds_taken: dict[tuple, list[float]] = {}  # by method, chunk length and position
+    held: dict[tuple, int] = {}
 
-    def feed_sink(chunk_length: int | None) -> None:
-        cache = SinkCache.from_model(model, window_length, args.num_sink_tokens)
-        feed = functools.partial(
-            generate,
-            prompt,
-            model=model,
-            past_key_values=cache,
-            prefill_chunk_size=chunk_length,
-            max_new_tokens=1,
-            do_sample=False,
-        )
-        key = "sink", chunk_length or "default", prompt.shape[1]
-        times.setdefault(key, []).append(milliseconds(feed, model.device))
+    def note(taken: float, cache, *key) -> None:
+        milliseconds_taken.setdefault(key, []).append(taken)
         held[key] = storage_bytes(cache)
 
-    def feed_dynamic(chunk_length: int) -> None:
-        cache, total = DynamicCache(config=model.config), 0.0
-        ends = {chunk_length, min(prompt.shape[1], args.max_dynamic_length) // chunk_length * chunk_length}
-        for start in range(0, max(ends), chunk_length):
-            chunk = prompt[:, start : start + chunk_length]
-            total += milliseconds(lambda: model(chunk, past_key_values=cache, logits_to_keep=1), model.device)
-            if start + chunk_length in ends:
-                key = "dynamic", chunk_length, start + chunk_length
-                times.setdefault(key, []).append(total)
-                held[key] = storage_bytes(cache)
+    def feed_sink(chunk_length: int | None) -> None:
+        cache = sink_cache(model, setup)
+        options = {"past_key_values": cache, "prefill_chunk_size": chunk_length, "max_new_tokens": 1, "do_sample": False}
+        taken = milliseconds(
+            lambda: generate(prompt, model=model, **options), model.device
+        )  # with the first token, one of thousands
+        note(taken, cache, "sink", chunk_length or "default", prompt.shape[1])
 
-    work = [functools.partial(feed_sink, length) for length in (None, *chunk_lengths) if "sink" in args.methods]
-    work += [functools.partial(feed_dynamic, length) for length in chunk_lengths if "dynamic" in args.methods]
-    for feed in tqdm(work * args.prefill_rounds, desc=f"prefill, window {window_length}, batch {batch_size}", file=sys.stderr):
+    def feed_dynamic(chunk_length: int) -> None:
+        cache, taken = DynamicCache(config=model.config), 0.0
+        length = max(min(prompt.shape[1], args.max_dynamic_length) // chunk_length, 1) * chunk_length
+        for chunk in prompt[:, :length].split(chunk_length, dim=1):
+            taken += milliseconds(lambda: model(chunk, past_key_values=cache, logits_to_keep=1), model.device)
+            if cache.get_seq_length() in (chunk_length, length):
+                note(taken, cache, "dynamic", chunk_length, cache.get_seq_length())
+
+    feeds = [functools.partial(feed_sink, length) for length in (None, *chunk_lengths) if "sink" in args.methods]
+    feeds += [functools.partial(feed_dynamic, length) for length in chunk_lengths if "dynamic" in args.methods]
+    for feed in tqdm(feeds * args.prefill_rounds, desc=f"prefill, window {window_length}, batch {batch_size}", file=sys.stderr):
         feed()
-    for (method, chunk_length, position), taken in sorted(times.items(), key=str):
+    for (method, chunk_length, position), taken in milliseconds_taken.items():
         step = spread("ms_per_token", [each / position for each in taken], "ms")
         report.add(
-            "prefill", method, **about, chunk_length=chunk_length, position=position, **step, num_rounds=args.prefill_rounds,
-            tokens_per_second=1000 * batch_size / step["ms_per_token"], bytes_held=held[method, chunk_length, position],
-            process_peak_bytes=process_peak_bytes(),
-        )  # fmt: skip
+            "prefill",
+            method,
+            **conditions(setup),
+            chunk_length=chunk_length,
+            position=position,
+            **step,
+            tokens_per_second=1000 * batch_size / step["ms_per_token"],
+            bytes_held=held[method, chunk_length, position],
+            num_rounds=args.prefill_rounds,
+        )
     if {"sink", "dynamic"} <= set(args.methods):
         for chunk_length in chunk_lengths:
-            measure_chunk(args, model, about, chunk_length, report)
+            measure_chunk(args, model, window_length, batch_size, chunk_length, report)
 
 
-def measure_chunk(args, model, about: dict, chunk_length: int, report: Report) -> None:
+def measure_chunk(args, model, window_length: int, batch_size: int, chunk_length: int, report: Report) -> None:
     """A pass of several tokens over a full window, and one over a `DynamicCache` that hands out as many keys."""
-    window_length, batch_size = about["window_length"], about["batch_size"]
     setup = Setup(window_length, args.num_sink_tokens, random_ids(model, batch_size, window_length, args.seed))
     chunk = random_ids(model, batch_size, chunk_length, args.seed + 1)
     sink = SinkDecoder(model, setup).cache
@@ -524,21 +549,29 @@ def measure_chunk(args, model, about: dict, chunk_length: int, report: Report) -
     model(**inputs, logits_to_keep=1)
     dynamic = DynamicCache(config=model.config)
     fill(model, dynamic, random_ids(model, batch_size, num_keys - chunk_length, args.seed))
-
-    def pass_dynamic() -> None:
-        model(chunk, past_key_values=dynamic, logits_to_keep=1)
-
-    work = {"sink": lambda: model(**sink.prepare(chunk), logits_to_keep=1), "dynamic": pass_dynamic}
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for round_number in range(args.num_rounds + 1):  # the first warms up
-        for name in [*work][:: 1 if round_number % 2 else -1]:
-            times[name].append(milliseconds(work[name], model.device) / chunk_length)
+    passes = {
+        "sink": lambda: model(**sink.prepare(chunk), logits_to_keep=1),
+        "dynamic": lambda: model(chunk, past_key_values=dynamic, logits_to_keep=1),
+    }
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for number in range(1 + args.num_rounds):
+        for name in [*passes][:: 1 if number % 2 else -1]:
+            taken = milliseconds(passes[name], model.device)
+            if number > 0:  # the first warms up
+                times[name].append(taken / chunk_length)
         dynamic.crop(-chunk_length)
-    ratios = [one / other for one, other in zip(times["sink"][1:], times["dynamic"][1:])]
     report.add(
-        "chunk", "sink", **about, reference="dynamic", chunk_length=chunk_length, num_keys=num_keys, bytes_held=storage_bytes(sink),
-        **spread("ms_per_token", times["sink"][1:], "ms"), **spread("ratio", ratios), num_rounds=args.num_rounds,
-    )  # fmt: skip
+        "chunk",
+        "sink",
+        **conditions(setup),
+        reference="dynamic",
+        chunk_length=chunk_length,
+        num_keys=num_keys,
+        **spread("ms_per_token", times["sink"], "ms"),
+        **spread("ratio", [ours / theirs for ours, theirs in zip(times["sink"], times["dynamic"])]),
+        bytes_held=storage_bytes(sink),
+        num_rounds=args.num_rounds,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -655,6 +688,10 @@ def parse_arguments() -> argparse.Namespace:
     args.compile_mode = args.compile_mode or ("reduce-overhead" if on_gpu else "default")
     args.limits = on_gpu if args.limits is None else args.limits
     shortest = min(args.window_length)
+    if on_gpu and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch finds no GPU here. Take cpu, or install a build of torch with CUDA.")
+    if args.csv and args.csv.exists() and args.csv.open(encoding="utf-8").readline().strip().split(",") != CSV_COLUMNS:
+        parser.error(f"--csv {args.csv} has other columns than this benchmark writes. Remove it first, or write to another file.")
     if not 0 <= args.num_sink_tokens < shortest - 1:
         parser.error(
             f"--num-sink-tokens {args.num_sink_tokens} leaves no recent tokens in --window-length {shortest}. Take fewer."
@@ -689,7 +726,7 @@ def main() -> None:
         is_interrupted = True
         print("Interrupted: what follows was measured before.", file=sys.stderr)
     report.print_tables()
-    rows = [{name: rounded(value) for name, value in row.items()} for row in report.rows]
+    rows = [{name: rounded(value) for name, value in row.items() if name in CSV_COLUMNS} for row in report.rows]
     print(json.dumps({**report.about, "interrupted": is_interrupted, "left_out": report.left_out, "results": rows}))
     sys.exit(130 if is_interrupted else 0)
 
