@@ -123,13 +123,13 @@ def draw_nats(plt, path: Path, about: dict, columns: dict[str, list[float]]) -> 
     save(figure, path)
 
 
-def save(figure, path: Path) -> None:
+def save(figure, path: Path, num_colors: int = 64) -> None:
     """As PNG with a palette, which takes a third of the bytes."""
     from PIL import Image  # matplotlib needs it, too
 
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, facecolor="white", bbox_inches="tight", pad_inches=0.15)
-    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(buffer).convert("RGB").quantize(num_colors, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main() -> None:

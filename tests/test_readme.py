@@ -56,7 +56,7 @@ SHORTER = {
     "--num-tokens 1400 --num-texts 16": "--num-tokens 300 --num-texts 2",
     "--num-tokens 50000": "--num-tokens 300",
     "--max-new-tokens 50000": "--max-new-tokens 300",
-    "--num-threads 1": "--num-threads 1 --window-length 32 --num-tokens 4 --num-rounds 2 --hidden-size 64 --num-layers 1",
+    "--num-threads 1": "--num-threads 1 --preset tiny --window-length 32 --num-tokens 4 --num-rounds 2 --methods sink dynamic",
 }
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{{ eos_token }}{% endfor %}"

@@ -1,12 +1,16 @@
 """The scripts, as a user calls them: a short run each, and the JSON document that ends it."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import benchmark
+import plot
 import pytest
+import torch
 import version_matrix
 
 ROOT = Path(__file__).parents[1]
@@ -61,10 +65,105 @@ def test_evaluate_says_when_there_is_too_little_text(tmp_path):
     )
 
 
-def test_benchmark():
-    arguments = ["--window-length", 32, "--num-tokens", 4, "--num-rounds", 2, "--hidden-size", 64, "--num-layers", 1]
-    result = last_line(run("scripts/benchmark.py", *arguments))
-    assert [row["window_length"] for row in result["results"]] == [32] and result["results"][0]["ratio_median"] > 0
+SHORT_BENCHMARK = ["scripts/benchmark.py", "--preset", "tiny", "--window-length", 32, "--num-tokens", 4, "--num-rounds", 2]
+
+
+def test_benchmark(tmp_path):
+    """Every method that is not compiled, with two rows; what can't run here is named."""
+    path = tmp_path / "results" / "benchmark.csv"
+    uncompiled = [method for method in benchmark.DECODERS if not method.endswith("-compiled")]
+    arguments = [*SHORT_BENCHMARK, "--batch-size", 2, "--limits", "--csv", path, "--methods", *uncompiled]
+    result = last_line(run(*arguments))
+    rows = {row["method"]: row for row in result["results"] if row["measure"] == "decode"}
+    assert {*rows, *result["left_out"]} == set(uncompiled)
+    assert {"sink", "dynamic", "static", "native-window", "rerotate", "rotate-at-read", "recompute"} <= rows.keys()
+    for row in rows.values():
+        assert row["ms_low"] <= row["ms_per_token"] <= row["ms_high"] and row["ratio"] > 0 and row["bytes_held"] > 0
+    assert rows["dynamic"]["ratio"] == 1
+    assert {row["reference"] for row in result["results"] if row["measure"] == "ratio"} == rows.keys() - {"sink"}
+    written = list(csv.DictReader(path.open()))
+    assert len(written) == len(result["results"]) and written[0]["torch"] and written[0]["seed"] == "0"
+    run(*SHORT_BENCHMARK, "--csv", path, "--methods", "sink", "dynamic")
+    assert len(list(csv.DictReader(path.open()))) == len(written) + 3
+
+
+def test_benchmark_of_streams_and_prompts_and_their_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    methods = ["sink", "dynamic", "sink-generate", "dynamic-generate"]
+    lengths = ["--stream-length", 100, 300, "--max-dynamic-length", 200, "--prefill-windows", 4, "--chunk-length", 8, 64]
+    arguments = ["--measure", "decode", "stream", "prefill", "--csv", tmp_path / "benchmark.csv", "--methods", *methods]
+    result = last_line(run(*SHORT_BENCHMARK, *lengths, *arguments))
+
+    def measured(measure: str, *columns: str) -> set:
+        return {tuple(row[column] for column in columns) for row in result["results"] if row["measure"] == measure}
+
+    assert {("sink-generate", 100), ("sink-generate", 300), ("sink", 300), ("dynamic-generate", 200)} <= measured(
+        "stream", "method", "position"
+    )
+    held = {row["method"]: row["bytes_held"] for row in result["results"] if row["measure"] == "stream"}
+    assert held["dynamic-generate"] > 4 * held["sink-generate"] == 4 * held["sink"]
+    assert measured("prefill", "method", "chunk_length", "position") == {
+        ("sink", "default", 128),
+        ("sink", 8, 128),
+        ("dynamic", 8, 8),
+        ("dynamic", 8, 128),
+    }
+    assert measured("chunk", "chunk_length", "num_keys") == {(8, 4 * 8 + 28 + 8)}  # sinks for each query, recent ones, new ones
+    figures = last_line(run("scripts/plot.py", "--results-dir", tmp_path, "--output-dir", tmp_path / "figures"))
+    names = ["time_by_position.png", "memory_by_position.png", "time_by_window.png"]
+    assert [Path(path).name for path in figures["figures"]] == names and min(figures["bytes"]) > 5000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--num-tokens", 32], "--num-tokens 32: a turn must be shorter than --window-length 32"),
+        (["--num-sink-tokens", 31], "--num-sink-tokens 31 leaves no recent tokens in --window-length 32"),
+        (["--measure", "stream", "--stream-length", 5], "--stream-length 5 must be more"),
+        (["--num-rounds", 0], "at least 1, got 0"),
+        (["--methods", "paged"], "paged"),
+        (["--csv", ROOT / "results" / "nats.csv"], "other columns"),
+        pytest.param(["--device", "cuda"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
+    ],
+)
+def test_benchmark_says_what_is_wrong(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in SHORT_BENCHMARK + arguments])
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_interrupted_benchmark_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "benchmark.csv"
+    arguments = [*SHORT_BENCHMARK, "--methods", "sink", "dynamic", "--measure", "decode", "stream", "--csv", path]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    monkeypatch.setattr(benchmark, "measure_stream", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert stopped.value.code == 130 and result["interrupted"] and len(result["results"]) == 3
+    assert len(list(csv.DictReader(path.open()))) == 3
+
+
+def test_plot_says_when_there_is_nothing_to_draw(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = run("scripts/plot.py", "--results-dir", tmp_path, "--output-dir", tmp_path, expect_failure=True)
+    assert "no rows of decode" in done.stderr and "Measure first" in done.stderr
+
+
+def test_figures_of_different_conditions_have_names_of_their_own():
+    rows = [{"model": "small", "dtype": dtype, "window_length": length} for dtype in ("float32", "bf/16") for length in "12"]
+    assert [*plot.groups(rows, ("model",))] == [""]
+    assert [*plot.groups(rows, ("model", "dtype"))] == ["-dtype_float32", "-dtype_bf_16"]
+
+
+def test_labels_stand_apart_and_near():
+    assert plot.apart([0, 10, 20], 5) == [0, 10, 20]
+    assert plot.apart([0, 10, 10, 10], 4) == [0, 6, 10, 14]
+    assert plot.apart([5, 5, 6], 4) == pytest.approx([4 / 3, 16 / 3, 28 / 3])
 
 
 def test_the_compatibility_table_is_what_is_found():
@@ -97,10 +196,12 @@ def test_training(tmp_path):
     assert "--overwrite" in run(*arguments, expect_failure=True).stderr
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py") if path.name != "stdlib_text.py"))
+NOT_COMMANDS = {"baselines.py", "common.py", "stdlib_text.py"}
+
+
+@pytest.mark.parametrize("script", sorted({path.name for path in (ROOT / "scripts").glob("*.py")} - NOT_COMMANDS))
 def test_help(script):
-    if script != "common.py":
-        assert "usage" in run(f"scripts/{script}", "--help").stdout
+    assert "usage" in run(f"scripts/{script}", "--help").stdout
 
 
 def test_a_row_of_the_table_of_releases_counts_what_fails(tmp_path):
