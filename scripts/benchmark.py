@@ -234,9 +234,9 @@ def cell(row: dict, column: str) -> str:
     if column == "MiB_held":
         return f"{row['bytes_held'] / 2**20:.2f}" if "bytes_held" in row else ""
     value = row.get(column, "")
-    spread = {"ms_per_token": "ms", "ratio": "ratio"}.get(column)
-    if spread and f"{spread}_low" in row:
-        return f"{value:.4g} ({row[spread + '_low']:.4g}-{row[spread + '_high']:.4g})"
+    prefix = {"ms_per_token": "ms", "ratio": "ratio"}.get(column)
+    if prefix and f"{prefix}_low" in row:
+        return f"{value:.4g} ({row[f'{prefix}_low']:.4g}-{row[f'{prefix}_high']:.4g})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
