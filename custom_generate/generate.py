@@ -128,6 +128,12 @@ def _stop_counting(view: torch.nn.Module) -> None:
         view._get_initial_cache_position = get_initial_cache_position
 
 
+def _uncompiled():
+    """A context in which a compiled model runs as it was written: a pass of a shape that comes once is not worth a graph."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Where a token is stored
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,7 +340,8 @@ def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
     known = _known_traits.setdefault(model, {})
     key = window_length, model.dtype, model.device
     if key not in known:
-        known[key] = _find_model_traits(model, window_length)
+        with _uncompiled():
+            known[key] = _find_model_traits(model, window_length)
     return known[key]
 
 
@@ -676,12 +683,8 @@ class Step:
         return rows, slots.repeat(batch_size), tokens.repeat(batch_size)
 
     def only_sinks(self) -> tuple:
-        """`rows, slots, columns` of those new tokens that are sinks."""
-        num_sinks = self.window.num_sinks
-        if isinstance(self.slots, slice):
-            slots = slice(self.slots.start, min(self.slots.stop, num_sinks))
-            return self.rows, slots, slice(0, slots.stop - slots.start)
-        is_sink = self.slots < num_sinks
+        """`rows, slots, columns` of those new tokens that are sinks. Not for passes that hand out slots."""
+        is_sink = self.slots < self.window.num_sinks
         rows = self.rows if self.is_uniform else self.rows[is_sink]
         return rows, self.slots[is_sink], self.columns[is_sink]
 
@@ -728,125 +731,219 @@ class Step:
 # layers don't all stay there, but a copy of one does, copying first is faster (heads of 128, 256 or 1024 tokens: 1.6 times).
 MIN_COLD_BYTES, MAX_COPIED_BYTES = 2**22, 2**23
 
+MIN_SLOTS = 32  # made room for at once
 
-class States:
-    """The keys, or the values, of all layers that are alike: `slots`, `[layers, batch, heads, num_slots, head_dim]`.
 
-    What is written stays as it is. Only sinks move, where the model rotates these states: `sinks` keeps them as they came, and before
-    a pass they are turned to where its query needs them, for all layers in one go. One rotation, one rounding, `num_sinks` a step.
+class Cursor:
+    """Where the next token goes and what it sees, in tensors that stay where they are: one compiled graph serves every token.
+
+    Attributes:
+        rows: int64 `[batch]`, the numbers 0, 1, 2, ...
+        slots: int64 `[batch]`, the slot of the next token of each row.
+        visible: `[batch, 1, 1, window_length]`, what its query sees: bool or, where it is added to the scores, numbers of `dtype`.
     """
 
-    def __init__(self, window: Window, shape: tuple[int, ...], rotation: Rotation, dtype: torch.dtype, device: torch.device):
+    def __init__(self, window: Window, batch_size: int, dtype: torch.dtype, device: torch.device):
+        self.window = window
+        self.rows = torch.arange(batch_size, device=device)
+        self.slots = torch.zeros_like(self.rows)
+        self.visible = torch.zeros(batch_size, 1, 1, window.length, dtype=dtype, device=device)
+        self._num_visible = [0]
+        _keep_in_place(self.rows, self.slots, self.visible)
+
+    def move(self, num_seen: list[int]) -> None:
+        """To the token that comes after `num_seen`: of each row, or of all."""
+        slots = [self.window.slot(seen) for seen in num_seen]
+        num_visible = [min(seen + 1, self.window.length) for seen in num_seen]
+        self.slots.copy_(torch.tensor(slots))
+        if num_visible != self._num_visible:
+            slot = torch.arange(self.window.length, device=self.rows.device)
+            visible = slot < torch.tensor(num_visible, device=self.rows.device)[:, None, None, None]
+            self.visible.copy_(_as_mask(visible, self.visible.dtype))
+            self._num_visible = num_visible
+
+    def write(self, held: torch.Tensor, new: torch.Tensor) -> None:
+        """Put `[batch, heads, 1, head_dim]` where it goes."""
+        if len(self.rows) == 1:
+            held.index_copy_(2, self.slots, new)
+        else:
+            held[self.rows, :, self.slots] = new[:, :, 0]
+
+
+def _keep_in_place(*tensors: torch.Tensor) -> None:
+    """Tell torch.compile that these are changed in place and never move, so that CUDA graphs can be made of what reads them."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)
+
+
+def _as_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is visible, as a mask that says so (bool), or as one that is added to the scores."""
+    if dtype == torch.bool:
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+class States:
+    """The keys, or the values, of all layers that are alike: `slots`, one `[batch, heads, num_slots, head_dim]` for each layer.
+
+    What is written stays as it is. Only sinks move, where the model rotates these states: they are kept as they came from the first
+    time on, and before a pass they are turned to where its query needs them, for all layers in one go. One rotation, one rounding,
+    `num_sinks` a step.
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        shape: tuple[int, ...],
+        rotation: Rotation,
+        dtype: torch.dtype,
+        device: torch.device,
+        cursor: Cursor | None,
+    ):
         num_layers, batch_size, num_heads, head_dim = shape
         self.window = window
         self.rotation = rotation
-        self.slots = torch.zeros(num_layers, batch_size, num_heads, 0, head_dim, dtype=dtype, device=device)
-        self.sinks = None
-        if window.num_sinks and not rotation.is_identity:
-            self.sinks = self.slots.new_zeros(num_layers, batch_size, num_heads, window.num_sinks, head_dim)
+        self.cursor = cursor
+        self.slots = [torch.zeros(batch_size, num_heads, 0, head_dim, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._moves_sinks = window.num_sinks > 0 and not rotation.is_identity
         self._sink_positions = torch.arange(window.num_sinks, device=device)
-        self._sinks_to_turn: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._sinks_are_at: list[int] | None = [0]  # by how much the sinks in the slots are moved; None: not known
-        self.step: Step | None = None  # the pass that was begun
-        self.log: list[tuple] = []  # what passes have overwritten, while that is recorded
+        self._sinks: tuple[torch.Tensor, torch.Tensor] | None = None  # those that are moved, as they came
         layer_bytes = batch_size * num_heads * window.length * head_dim * dtype.itemsize
         reads_cold = device.type == "cpu" and dtype == torch.float32 and layer_bytes * num_layers >= MIN_COLD_BYTES
         self._hands_out_copies = reads_cold and layer_bytes <= MAX_COPIED_BYTES
+        if cursor is not None:
+            self._reserve(window.length)
+            _keep_in_place(*self.slots)
+        self.clear()
 
     @property
     def num_bytes(self) -> int:
-        return self.slots.nbytes + (0 if self.sinks is None else self.sinks.nbytes)
+        return sum(tensor.nbytes for tensor in (*self.slots, *(self._sinks or ())))
 
     def begin(self, step: Step, is_recording: bool) -> None:
         """Before a pass: make room, and bring the sinks to where its queries need them."""
         self.step = step
         self._reserve(step.num_held)
         if is_recording:
-            rows, slots, tokens = step.written(self.slots.shape[1])
-            self.log.append((rows, slots, tokens, self.slots[:, rows, :, slots]))
-        if self.sinks is None:
-            return
-        if not step.hands_out_slots:
-            shift = step.shifts[:, :, None]  # [rows, columns, 1]
-            self._copies_turn = [x[:, None] for x in self._sink_turn(shift)]  # [rows, 1, columns, num_sinks, head_dim]
-        elif step.shifts != self._sinks_are_at:
-            shift = step.shifts[0] if step.is_uniform else torch.tensor(step.shifts, device=self.slots.device)[:, None, None]
-            self.slots[:, :, :, : self.window.num_sinks] = self._turned_sinks(slice(None), self._sink_turn(shift))
-            self._sinks_are_at = step.shifts
+            rows, slots, tokens = step.written(len(self.slots[0]))
+            self.log.append((rows, slots, tokens, [held[rows, :, slots] for held in self.slots]))
+        if self._moves_sinks and step.hands_out_slots:
+            self._move_sinks(step.shifts)
+        elif self._moves_sinks:
+            self._move_sinks([0])
+            self._copies_turn = [
+                x[:, None] for x in self._sink_turn(step.shifts[:, :, None])
+            ]  # [rows, 1, columns, num_sinks, head_dim]
 
     def update(self, index: int, new: torch.Tensor) -> torch.Tensor:
         """Write the new states of one layer, `[batch, heads, num_columns, head_dim]`, and hand out `[batch, heads, kv_length, head_dim]`."""
         step, held = self.step, self.slots[index]
-        if step.writes_sinks:
-            rows, slots, columns = step.only_sinks()
-            held[rows, :, slots] = new[rows, :, columns]
-            if self.sinks is not None:
-                self.sinks[index][rows, :, slots] = new[rows, :, columns]
-                self._sinks_to_turn = None
         if step.hands_out_slots:
             held[step.rows, :, step.slots] = new[step.rows, :, step.columns]
             if step.order is not None:
                 return _take_slots(held, step.order)
             held = held[:, :, : step.num_held]
             return held.clone() if self._hands_out_copies else held
-        if self.sinks is not None:
-            sinks = self._turned_sinks(index, self._copies_turn, dim=2)  # [batch, heads, columns, num_sinks, head_dim]
-        else:
-            sinks = held[:, :, None, : self.window.num_sinks].expand(-1, -1, step.num_columns, -1, -1)
+        if step.writes_sinks:
+            rows, slots, columns = step.only_sinks()
+            held[rows, :, slots] = new[rows, :, columns]
+        sinks = held[:, :, None, : self.window.num_sinks]
+        if self._moves_sinks:
+            sinks = self._turned(*self._with_partners(sinks), *self._copies_turn)
+        sinks = sinks.expand(-1, -1, step.num_columns, -1, -1)
         handed_out = torch.cat([sinks.flatten(2, 3), held[:, :, step.recent_before], new], dim=2)
         held[step.rows, :, step.slots] = new[step.rows, :, step.columns]
         return handed_out
 
+    def update_at_cursor(self, index: int, new: torch.Tensor) -> torch.Tensor:
+        """As `update`, in a compiled pass over one token: all slots are handed out, also those not yet used."""
+        held = self.slots[index]
+        self.cursor.write(held, new)
+        return held
+
+    def clear(self) -> None:
+        """As before the first token. What is in the slots stays there, and no query sees it."""
+        self.step: Step | None = None  # the pass that was begun
+        self.log: list[tuple] = []  # what passes have overwritten, while that is recorded
+        self._sinks_are_at = [0]  # by how much the sinks in the slots are moved: one number for each row, or one for all
+
     def move_back(self, num_positions: list[int]) -> None:
-        """Turn what is held of each row back by so many positions. The sinks follow when the next pass begins."""
+        """Turn what is held of each row back by so many positions, but for the sinks: those follow when a pass begins."""
         if self.rotation.is_identity:
             return
-        start = torch.tensor(num_positions, device=self.slots.device)[:, None, None]  # [rows, 1, 1]
+        start = torch.tensor(num_positions, device=self.slots[0].device)[:, None, None]  # [rows, 1, 1]
         angles = self.rotation.angles(start, torch.zeros_like(start))  # [rows, 1, 1, head_dim]
-        for layer in self.slots:
-            layer.copy_(self.rotation.turn(layer, angles))
-        for rows, _, _, old in self.log:
-            old.copy_(self.rotation.turn(old, angles if len(angles) == 1 else angles[rows]))
-        self._sinks_are_at = None
+        for held in self.slots:
+            recent = held[:, :, self.window.num_sinks :]
+            recent.copy_(self.rotation.turn(recent, angles))
+        for rows, _, _, overwritten in self.log:
+            for old in overwritten:
+                old.copy_(self.rotation.turn(old, angles[0] if len(angles) == 1 else angles[rows, 0]))
 
     def undo(self, num_tokens: list[int]) -> None:
         """Put back what the passes in the log have overwritten, for all tokens of each row from `num_tokens` on."""
-        first = torch.tensor(num_tokens, device=self.slots.device)
-        for rows, slots, tokens, old in reversed(self.log):
+        first = torch.tensor(num_tokens, device=self.slots[0].device)
+        for rows, slots, tokens, overwritten in reversed(self.log):
             undone = tokens >= (first if len(first) == 1 else first[rows])
-            self.slots[:, rows[undone], :, slots[undone]] = old[undone]
+            for held, old in zip(self.slots, overwritten):
+                held[rows[undone], :, slots[undone]] = old[undone]
 
     def select_rows(self, index: torch.Tensor) -> None:
         """Keep these rows of the batch, in this order."""
-        index = index.to(self.slots.device)
-        self.slots = self.slots.index_select(1, index)
-        if self.sinks is not None:
-            self.sinks = self.sinks.index_select(1, index)
-        self._sinks_to_turn = self._sinks_are_at = None
+        index = index.to(self.slots[0].device)
+        for number, held in enumerate(self.slots):
+            selected = held.index_select(0, index)
+            self.slots[number] = held.copy_(selected) if len(selected) == len(held) else selected
+        if self._sinks is not None:
+            self._sinks = tuple(x.index_select(1, index) for x in self._sinks)
+        if len(self._sinks_are_at) > 1:
+            self._sinks_are_at = [self._sinks_are_at[row] for row in index.tolist()]
         self.log = []
 
     def _reserve(self, num_slots: int) -> None:
         """Make room, at least doubling it each time, so that a short text does not pay for the whole window."""
-        *shape, capacity, head_dim = self.slots.shape
+        batch_size, num_heads, capacity, head_dim = self.slots[0].shape
         if num_slots > capacity:
-            wider = min(self.window.length, max(num_slots, 2 * capacity, 32))
-            slots = self.slots.new_zeros(*shape, wider, head_dim)  # not left as it comes: 0 * NaN is NaN
-            slots[:, :, :, :capacity] = self.slots
-            self.slots = slots
+            wider = min(self.window.length, max(num_slots, 2 * capacity, MIN_SLOTS))
+            for index, held in enumerate(self.slots):
+                self.slots[index] = held.new_zeros(batch_size, num_heads, wider, head_dim)  # not left as it comes: 0 * NaN is NaN
+                self.slots[index][:, :, :capacity] = held
+            if self._moves_sinks and wider == self.window.length:
+                self._sinks = self._with_partners(torch.stack(self._sink_slots))  # room, soon needed
+
+    @property
+    def _sink_slots(self) -> list[torch.Tensor]:
+        return [held[:, :, : self.window.num_sinks] for held in self.slots]
+
+    def _move_sinks(self, shifts: list[int]) -> None:
+        """Bring the sinks in the slots to `shifts` positions from where they came."""
+        if shifts == self._sinks_are_at:
+            return
+        in_slots = self._sink_slots
+        if 0 in self._sinks_are_at:  # these are in the slots as they came
+            sinks = torch.stack(in_slots)
+            if any(self._sinks_are_at):
+                is_moved = torch.tensor(self._sinks_are_at, device=sinks.device).bool()
+                sinks = torch.where(is_moved[:, None, None, None], self._sinks[0], sinks)
+            self._sinks = self._with_partners(sinks)
+        shift = shifts[0] if len(shifts) == 1 else torch.tensor(shifts, device=self._sink_positions.device)[:, None, None]
+        turned = self._turned(*self._sinks, *self._sink_turn(shift))
+        torch._foreach_copy_(in_slots, turned.unbind())
+        self._sinks_are_at = shifts
 
     def _sink_turn(self, shift) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines that move each sink by `shift` positions: an int, or a tensor that broadcasts to `[..., num_sinks]`."""
         angles = self.rotation.angles(self._sink_positions, self._sink_positions + shift)
         return angles.cos(), angles.sin()
 
-    def _turned_sinks(self, index, turn, dim: int | None = None) -> torch.Tensor:
-        """The sinks of one layer or of all, as `Rotation.turn` would move them; `dim` is where `turn` has one more dimension."""
-        if self._sinks_to_turn is None:  # what does not change from step to step
-            wide = self.sinks.float()
-            self._sinks_to_turn = wide, wide[..., self.rotation.partner]
-        wide, partner = (x[index] if dim is None else x[index].unsqueeze(dim) for x in self._sinks_to_turn)
-        cos, sin = turn
-        return (wide * cos + partner * sin).to(self.slots.dtype)
+    def _with_partners(self, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a rotation, what does not change from step to step: states in float32, and what turns together with each."""
+        wide = sinks.float()
+        return wide, wide[..., self.rotation.partner]
+
+    def _turned(self, wide: torch.Tensor, partner: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """As `Rotation.turn`."""
+        return (wide * cos + partner * sin).to(self.slots[0].dtype)
 
 
 class LayerGroup:
@@ -855,13 +952,27 @@ class LayerGroup:
     def __init__(self, window: Window, traits: LayerTraits, layers: list[int]):
         self.window, self.traits, self.layers = window, traits, layers
         self.states: tuple[States, ...] = ()
+        self.cursor: Cursor | None = None  # in static mode
         self.record_past = False
 
-    def allocate(self, batch_size: int) -> None:
+    def allocate(self, batch_size: int, mask_dtype: torch.dtype, is_static: bool) -> None:
+        """Make room for so many rows; in static mode, in the place that was made for as many before."""
+        if is_static and self.cursor is not None and len(self.cursor.rows) == batch_size:
+            return
+        window, traits = self.window, self.traits
+        self.cursor = Cursor(window, batch_size, mask_dtype, traits.device) if is_static else None
         self.states = tuple(
-            States(self.window, (len(self.layers), batch_size, *shape), rotation, self.traits.dtype, self.traits.device)
-            for shape, rotation in zip(self.traits.shapes, self.traits.rotations)
+            States(window, (len(self.layers), batch_size, *shape), rotation, traits.dtype, traits.device, self.cursor)
+            for shape, rotation in zip(traits.shapes, traits.rotations)
         )
+
+    def clear(self) -> None:
+        """As before the first token."""
+        self.record_past = False
+        if self.cursor is None:
+            self.states = ()
+        for states in self.states:
+            states.clear()
 
 
 def _take_slots(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -887,6 +998,7 @@ class Pass:
     num_columns: int
     num_seen_after: list[int]
     can_be_repeated: bool  # nothing that a second try would need is overwritten
+    is_at_cursor: bool  # one token a row, in static mode
     input_ids: torch.Tensor | None = None
     layers_done: set[int] = field(default_factory=set)
 
@@ -894,7 +1006,6 @@ class Pass:
 class SinkLayer:
     """One layer of a `SinkCache`: the slots it has in a group of layers."""
 
-    is_compileable = False
     is_croppable = False
 
     def __init__(self, group: LayerGroup, index: int, is_sliding: bool):
@@ -944,18 +1055,26 @@ class SinkCache(Cache):
     Args:
         window_length: tokens held, the sinks and the newest token included.
         num_sink_tokens: how many of the first tokens are never evicted. 0 makes a plain sliding window.
+        static: room for the whole window is made at once and never moves, and what a pass over one token has to know stands in
+            tensors: `torch.compile` makes one graph of it, which serves the whole stream. The pass must have been prepared.
 
     Raises:
         ValueError: the numbers make no window.
     """
 
-    def __init__(self, window_length: int = DEFAULT_WINDOW_LENGTH, num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS):
+    def __init__(
+        self,
+        window_length: int = DEFAULT_WINDOW_LENGTH,
+        num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
+        static: bool = False,
+    ):
         _check_numbers(window_length, num_sink_tokens)
         self.layers = []
         if HAS_LAYERS_BY_CONFIG:
             super().__init__(layers=self.layers)
         self.window_length = window_length
         self.num_sink_tokens = num_sink_tokens
+        self.is_static = static
         self._window = Window(window_length, num_sink_tokens)
         self._traits: ModelTraits | None = None
         self._groups: list[LayerGroup] = []
@@ -964,8 +1083,9 @@ class SinkCache(Cache):
     # What it holds
 
     def __repr__(self) -> str:
+        static = ", static=True" if self.is_static else ""
         return (
-            f"{type(self).__name__}(window_length={self.window_length}, num_sink_tokens={self.num_sink_tokens}, "
+            f"{type(self).__name__}(window_length={self.window_length}, num_sink_tokens={self.num_sink_tokens}{static}, "
             f"tokens_seen={self.num_tokens_seen}, tokens_held={self.num_tokens_held}, bytes_held={self.num_bytes_held})"
         )
 
@@ -996,6 +1116,10 @@ class SinkCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Tokens seen, as for every cache of transformers: what `generate` continues from."""
+        if self._is_at_cursor and torch.compiler.is_compiling():
+            return (
+                self.window_length - 1
+            )  # the slots before the query; a graph takes numbers for constants, and has its positions
         return self.num_tokens_seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -1017,6 +1141,17 @@ class SinkCache(Cache):
     def _states(self) -> list[States]:
         return [states for group in self._groups for states in group.states]
 
+    @property
+    def _num_seen(self) -> list[int]:
+        """Tokens seen: one number for each row, or a single one where all rows are alike."""
+        if self._pass is not None and self._pass.is_at_cursor and not self._is_at_cursor:
+            self._finish(self._pass)
+        return self._num_seen_before
+
+    @_num_seen.setter
+    def _num_seen(self, value: list[int]) -> None:
+        self._num_seen_before = value
+
     # The model
 
     @classmethod
@@ -1025,6 +1160,7 @@ class SinkCache(Cache):
         model: torch.nn.Module,
         window_length: int = DEFAULT_WINDOW_LENGTH,
         num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
+        static: bool = False,
     ) -> "SinkCache":
         """A cache for this model.
 
@@ -1033,7 +1169,7 @@ class SinkCache(Cache):
         """
         if not isinstance(model, torch.nn.Module):
             raise ValueError(f"SinkCache.from_model takes a loaded model, got {model!r} ({type(model).__name__}).")
-        cache = cls(window_length, num_sink_tokens)
+        cache = cls(window_length, num_sink_tokens, static)
         cache.bind(model)
         return cache
 
@@ -1064,6 +1200,9 @@ class SinkCache(Cache):
                     "a new one with SinkCache.from_model(model, ...)."
                 )
             return
+        if self.is_static and (traits.is_ordered or traits.is_recurrent):
+            reason = "depends on the order of the keys" if traits.is_ordered else "has recurrent states"
+            raise ValueError(f"The static mode can't serve {type(model).__name__}, which {reason}. Leave it out.")
         windows = [layer and self._window_of(layer) for layer in traits.layers]
         mask_names = traits.layer_types or ["" if window else None for window in windows]
         masks = {(name, window) for name, window in zip(mask_names, windows) if window is not None}
@@ -1084,6 +1223,7 @@ class SinkCache(Cache):
                 alike = (window, keeps_native, layer.shapes, layer.dtype, layer.device, *(r.fingerprint for r in layer.rotations))
                 members.setdefault(alike, []).append(index)
         self._groups = [LayerGroup(alike[0], traits.layers[indices[0]], indices) for alike, indices in members.items()]
+        self._last_layer = max(index for group in self._groups for index in group.layers)
         self._make_layers()
 
     def _make_layers(self) -> None:
@@ -1121,7 +1261,7 @@ class SinkCache(Cache):
         Raises:
             ValueError: what is passed does not fit to the cache or can't be processed exactly. The cache is as before.
         """
-        tokens = input_ids if input_ids is not None else inputs_embeds
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or tokens.ndim < 2 or tokens.shape[1] == 0:
             raise ValueError("No tokens: pass input_ids [batch, num_columns] with at least one column.")
         batch_size, num_columns = tokens.shape[:2]
@@ -1136,10 +1276,14 @@ class SinkCache(Cache):
         self._begin(batch_size, num_columns, num_new)
         self._pass.input_ids = input_ids
 
-        inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        if self._is_at_cursor:  # a graph is made for one layout
+            tokens = tokens.clone(memory_format=torch.contiguous_format)
+        inputs = {"input_ids" if inputs_embeds is None else "inputs_embeds": tokens}
         inputs |= {"past_key_values": self, "use_cache": True, "attention_mask": self._attention_mask(tokens.device)}
         if "position_ids" in self._accepted:
             inputs["position_ids"] = self._position_ids(tokens.device)
+        if self._is_at_cursor and "cache_position" in self._accepted:
+            inputs["cache_position"] = inputs["position_ids"][0]  # else the model makes it of numbers
         return inputs
 
     @torch.no_grad()  # what is held has no history: gradients end here
@@ -1147,6 +1291,11 @@ class SinkCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the attention layers call. `[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
+        layer = self.layers[layer_idx]
+        if self._is_at_cursor:
+            keys, values = layer.group.states
+            self._is_at_cursor = layer_idx != self._last_layer
+            return keys.update_at_cursor(layer.index, key_states), values.update_at_cursor(layer.index, value_states)
         if self._pass is None or layer_idx in self._pass.layers_done:
             self._begin_unprepared(key_states.shape[0], key_states.shape[2])
         current = self._pass
@@ -1155,7 +1304,6 @@ class SinkCache(Cache):
                 f"The pass was prepared for {self._batch_size} rows of {current.num_columns} tokens, and the model brings "
                 f"{key_states.shape[0]} rows of {key_states.shape[2]}. Call the model with exactly what `prepare` returns."
             )
-        layer = self.layers[layer_idx]
         if not key_states.dtype == value_states.dtype == layer.group.traits.dtype:
             raise ValueError(
                 f"The model brings keys in {key_states.dtype} and values in {value_states.dtype}, and this cache was made for "
@@ -1169,9 +1317,9 @@ class SinkCache(Cache):
         return held
 
     def _finish(self, finished: "Pass") -> None:
+        self._pass = None
         self._record(finished.input_ids, finished.steps[self._window])
         self._num_seen = finished.num_seen_after
-        self._pass = None
         if self._is_recording:
             self._num_recorded += finished.num_columns
             if any(not step.can_be_undone for step in finished.steps.values()):
@@ -1251,7 +1399,7 @@ class SinkCache(Cache):
         if self._batch_size == -1:
             self._batch_size = batch_size
             for group in self._groups:
-                group.allocate(batch_size)
+                group.allocate(batch_size, self._mask_dtype(group), self.is_static)
         if any(back):
             for states in self._states:
                 states.move_back(back)
@@ -1262,7 +1410,12 @@ class SinkCache(Cache):
         steps = {w: Step(w, num_seen, num_new, num_columns, base, device, self._traits.is_ordered) for w in windows}
         for states in self._states:
             states.begin(steps[states.window], self._is_recording)
-        self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated=not evicts and not self._traits.is_recurrent)
+        self._is_at_cursor = self.is_static and is_prepared and num_columns == min(num_new) == 1
+        if self._is_at_cursor:
+            for group in self._groups:
+                group.cursor.move(num_seen)
+        can_be_repeated = not evicts and not self._traits.is_recurrent
+        self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated, self._is_at_cursor)
 
     def _positions_back(self, num_seen: list[int], num_seen_after: list[int], base: list[int]) -> list[int]:
         """By how much the positions of each row are lowered before a pass: rarely, and then to `window_length`.
@@ -1295,6 +1448,9 @@ class SinkCache(Cache):
     def _attention_mask(self, device: torch.device):
         """The mask for a prepared pass, in the form in which the model takes it; None for a plain causal one."""
         steps = self._pass.steps
+        if self._is_at_cursor:
+            masks = {name: group.cursor.visible for group in self._groups for name in self._mask_names(group)}
+            return masks if self._traits.layer_types else masks[None]
         if self._traits.is_ordered:
             step = steps[self._window]
             held = step.is_held.long()
@@ -1307,13 +1463,8 @@ class SinkCache(Cache):
             return None
         masks = {}
         for group in self._groups:
-            visible = steps[group.window].visible()[:, None].to(device)
-            if self._config._attn_implementation != "sdpa" or self._traits.has_old_masks:  # it is added to the scores
-                dtype = group.traits.dtype
-                lowest = torch.finfo(dtype).min
-                visible = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, lowest)
-            names = [self._traits.layer_types[index] for index in group.layers] if self._traits.layer_types else [None]
-            masks |= dict.fromkeys(names, visible.expand(self._batch_size, -1, -1, -1))
+            mask = _as_mask(steps[group.window].visible()[:, None].to(device), self._mask_dtype(group))
+            masks |= dict.fromkeys(self._mask_names(group), mask.expand(self._batch_size, -1, -1, -1))
         if self._traits.is_recurrent:
             # Under all names under which these models look for them.
             full = next((masks[name] for name in (None, "full_attention", "hybrid") if name in masks), None)
@@ -1327,6 +1478,15 @@ class SinkCache(Cache):
                 "conv": padding,
             }
         return masks if self._traits.layer_types else masks[None]
+
+    def _mask_names(self, group: LayerGroup) -> list[str | None]:
+        """The names under which the model looks for the mask of these layers."""
+        return [self._traits.layer_types[index] for index in group.layers] if self._traits.layer_types else [None]
+
+    def _mask_dtype(self, group: LayerGroup) -> torch.dtype:
+        """Whether masks say what is visible, or are added to the scores."""
+        is_bool = self._config._attn_implementation == "sdpa" and not self._traits.has_old_masks
+        return torch.bool if is_bool else group.traits.dtype
 
     def _model_makes_this_mask(self) -> bool:
         """Whether the mask that the model makes by itself is right, where each token sees all that is handed out before it."""
@@ -1354,7 +1514,7 @@ class SinkCache(Cache):
         else:
             positions = torch.arange(-num_columns, 0, device=device) + torch.tensor(stop, device=device)[:, None]
             positions = positions.clamp(min=0)
-        return positions.expand(self._batch_size, -1)
+        return positions.expand(self._batch_size, -1).contiguous()  # of one layout, whatever the rows are
 
     def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the keys that a pass will be handed, for the mask that a model makes by itself.
@@ -1363,6 +1523,8 @@ class SinkCache(Cache):
         """
         num_columns = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
         window = self._window_at(layer_idx)
+        if self._is_at_cursor:
+            return window.length, 0
         if self._pass is not None and not self._pass.layers_done:
             return self._pass.steps[window].kv_length, 0
         self._check_unprepared(num_columns)
@@ -1388,6 +1550,11 @@ class SinkCache(Cache):
     @property
     def is_initialized(self) -> bool:
         return self._batch_size != -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the model's forward pass, as it does on a GPU."""
+        return self.is_static
 
     # Which tokens it holds
 
@@ -1420,12 +1587,13 @@ class SinkCache(Cache):
         self._batch_size = -1
         self._num_seen, self._base = [0], [0]  # one number for each row, or a single one where all rows are alike
         self._pass: Pass | None = None
+        self._is_at_cursor = False  # until the last layer has been through a pass over one token, in static mode
         self._token_ids: torch.Tensor | None = None
         self.unseen_token_ids: list[int] | None = None  # what `generate` returned last: chosen, but not yet processed
         self._num_recorded = 0
         self._token_log: list[tuple] = []
         for group in self._groups:
-            group.states, group.record_past = (), False
+            group.clear()
         if self._traits is not None:
             self._make_layers()
 
@@ -1550,9 +1718,8 @@ UNSUPPORTED_OPTIONS = {
     "prompt_lookup_num_tokens": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
     "assistant_early_exit": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
     "use_mtp": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
-    "cache_implementation": "it would put another cache in the place of SinkCache",
+    "cache_implementation": 'it would put another cache in the place of SinkCache, but for "static"',
     "cache_config": "it would configure another cache",
-    "compile_config": "the slots of the cache are chosen outside of compiled code",
     "return_legacy_cache": "tuples of keys and values can't say which of them are sinks",
     "guidance_scale": "guidance runs a second stream through an unbounded cache of its own",
     "negative_prompt_ids": "guidance runs a second stream through an unbounded cache of its own",
@@ -1569,7 +1736,7 @@ PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids
 # What `generate` makes longer with each token, and the cache has no need of.
 GROWING_INPUTS = ("attention_mask", "position_ids")
 # Values of those options that mean what is done anyway.
-_NEUTRAL_VALUES = {"guidance_scale": (1, 1.0), "num_beam_groups": (1,)}
+_NEUTRAL_VALUES = {"guidance_scale": (1, 1.0), "num_beam_groups": (1,), "cache_implementation": ("static", "dynamic")}
 
 
 @torch.no_grad()
@@ -1611,6 +1778,8 @@ def generate(
     _check_options(model, kwargs)
 
     cache = kwargs.pop("past_key_values", None)
+    is_static = _asked(kwargs, "cache_implementation") == "static"
+    kwargs.pop("cache_implementation", None)
     for name, value, kind in (
         ("past_key_values", cache, Cache),
         ("input_ids", inputs if inputs is not None else kwargs.get("input_ids"), torch.Tensor),
@@ -1623,9 +1792,9 @@ def generate(
             logger.warning("past_key_values is an empty %s. It stays so: a SinkCache takes its place.", type(cache).__name__)
         asked = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
         asked = {name: option(name) if value is None else value for name, value in asked.items()}
-        cache = SinkCache(**{name: value for name, value in asked.items() if value is not None})
+        cache = SinkCache(static=is_static, **{name: value for name, value in asked.items() if value is not None})
     else:
-        _check_cache(cache, window_length, num_sink_tokens)
+        _check_cache(cache, window_length, num_sink_tokens, is_static)
     chunk_size = prefill_chunk_size if prefill_chunk_size is not None else option("prefill_chunk_size")
     if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"prefill_chunk_size must be an int of at least 1, got {chunk_size!r}.")
@@ -1646,7 +1815,7 @@ def generate(
     cache.unseen_token_ids = None
 
     if input_ids is not None:
-        kwargs["inputs" if inputs_embeds is None else "input_ids"] = input_ids
+        kwargs["inputs" if inputs_embeds is None else "input_ids"] = History.of(input_ids)
     if generation_config is not None:
         kwargs["generation_config"] = _without_cache_options(generation_config)
     outputs = type(model).generate(
@@ -1661,8 +1830,11 @@ def generate(
         attention_mask=torch.ones(prompt.tokens.shape[:2], dtype=torch.long, device=model.device),
         **kwargs,
     )
-    sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+    sequences = (outputs if isinstance(outputs, torch.Tensor) else outputs.sequences).clone()  # ordinary ids, without room
     cache.unseen_token_ids = sequences[:, -1].tolist() if len(sequences) == cache.batch_size else None
+    if isinstance(outputs, torch.Tensor):
+        return sequences
+    outputs.sequences = sequences
     return outputs
 
 
@@ -1674,15 +1846,16 @@ def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size
     view = copy.copy(model)
     view.generation_config = _without_cache_options(model.generation_config)
     prepare_inputs, update_kwargs = model.prepare_inputs_for_generation, model._update_model_kwargs_for_generation
+    device = model.device
     num_other = None  # columns of `input_ids` less tokens seen: a constant, once the prompt has been fed
 
     @functools.wraps(prepare_inputs)
     def prepare_inputs_for_generation(input_ids, *args, **kwargs):
         nonlocal num_other
-        others = prepare_inputs(input_ids[:, -1:], *args, **kwargs)
+        others = prepare_inputs(input_ids[:, -1:], *args, **kwargs | {"past_key_values": None})
         others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
         if num_other is not None:
-            return others | cache.prepare(input_ids[:, num_other + cache.get_seq_length() :].to(model.device))
+            return others | cache.prepare(input_ids[:, num_other + cache.get_seq_length() :].to(device))
         chunk = _feed_all_but_last_chunk(model, cache, prompt, chunk_size, others)
         num_copies = (len(input_ids) or 1) // len(chunk.tokens)
         if num_copies > 1:
@@ -1718,7 +1891,54 @@ def _feed_all_but_last_chunk(
         if prompt.num_columns <= size:
             return prompt
         chunk, prompt = prompt.split(size)
-        model(**others | cache.prepare(**chunk.arguments))
+        with _uncompiled():
+            model(**others | cache.prepare(**chunk.arguments))
+
+
+class History(torch.Tensor):
+    """Token ids `[batch, length]` of a text that grows without being copied.
+
+    `generate` appends each token by `torch.cat([input_ids, new], dim=-1)`, which copies the whole text (5 ms at a million tokens). Of
+    this kind of tensor it makes another one over the same room, with the new ids written behind the old ones; when the room is used
+    up, it is doubled. All else is as for any tensor, and gives ordinary ones.
+    """
+
+    room: torch.Tensor  # [batch, at least length], of which `room.num_used` columns are in use
+
+    @classmethod
+    def of(cls, ids: torch.Tensor) -> "History":
+        room = torch.empty_like(ids)
+        room.num_used = 0
+        return cls._append(room, ids[:, :0], ids)
+
+    @classmethod
+    def _append(cls, room: torch.Tensor, ids: torch.Tensor, new: torch.Tensor) -> "History":
+        length = ids.shape[1] + new.shape[1]
+        if length > room.shape[1] or room.num_used != ids.shape[1]:  # no room left, or the text is continued a second time
+            room = ids.new_empty(len(ids), 2 * length)
+            room[:, : ids.shape[1]] = ids
+        room[:, ids.shape[1] : length] = new
+        room.num_used = length
+        grown = room[:, :length].as_subclass(cls)
+        grown.room = room
+        return grown
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.cat and kwargs == {"dim": -1} and len(args[0]) == 2:
+                ids, new = args[0]
+                if isinstance(ids, cls) and ids.dtype == new.dtype and ids.shape[:-1] == new.shape[:-1]:
+                    return cls._append(ids.room, ids, new)
+            result = func(*args, **kwargs)
+            return cls.of(result) if func is torch.Tensor.repeat_interleave else result  # several texts from one prompt
+
+    def __deepcopy__(self, memo) -> torch.Tensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol):
+        return self.clone().__reduce_ex__(protocol)
 
 
 @dataclass(frozen=True)
@@ -1862,28 +2082,25 @@ def _mask_from_padding(input_ids: torch.Tensor | None, pad_token_id, eos_token_i
     return None
 
 
+def _asked(kwargs: dict, name: str):
+    """The value of an option of `generate` that the call itself asks for: directly, or by its generation config."""
+    return kwargs[name] if kwargs.get(name) is not None else getattr(kwargs["generation_config"], name, None)
+
+
 def _option(model: torch.nn.Module, kwargs: dict, name: str):
-    """The value of an option of `generate`: from the call, from the generation config of the call, or from the model's."""
-    for source in (
-        kwargs.get(name),
-        getattr(kwargs["generation_config"], name, None),
-        getattr(model.generation_config, name, None),
-    ):
-        if source is not None:
-            return source
-    return None
+    """The value of an option of `generate`: from the call, or from the model's generation config."""
+    value = _asked(kwargs, name)
+    return value if value is not None else getattr(model.generation_config, name, None)
 
 
 def _check_options(model: torch.nn.Module, kwargs: dict) -> None:
     """Refuse what can't be exact. Only what the call itself asks for: a model's own generation config may name another cache."""
-    config = kwargs["generation_config"]
     for name, reason in UNSUPPORTED_OPTIONS.items():
-        value = kwargs.get(name) if kwargs.get(name) is not None else getattr(config, name, None)
+        value = _asked(kwargs, name)
         if value is not None and value is not False and value not in _NEUTRAL_VALUES.get(name, ()):
             shown = type(value).__name__ if hasattr(value, "__dict__") or isinstance(value, torch.Tensor) else repr(value)
             raise ValueError(f"{name}={shown} can't be used with SinkCache: {reason}. Leave it out.")
-    use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
-    if use_cache is False:
+    if _asked(kwargs, "use_cache") is False:
         raise ValueError("use_cache=False can't be used with SinkCache: without a cache there is nothing to bound. Leave it out.")
     for name, value in kwargs.items():
         if isinstance(value, torch.Tensor) and name not in ("input_ids", "inputs_embeds", "attention_mask"):
@@ -1892,7 +2109,7 @@ def _check_options(model: torch.nn.Module, kwargs: dict) -> None:
             )
 
 
-def _check_cache(cache, window_length: int | None, num_sink_tokens: int | None) -> None:
+def _check_cache(cache, window_length: int | None, num_sink_tokens: int | None, is_static: bool) -> None:
     if not _is_sink_cache(cache):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__} that already holds tokens, and nobody knows their positions. Pass a "
@@ -1904,6 +2121,11 @@ def _check_cache(cache, window_length: int | None, num_sink_tokens: int | None) 
                 f"{name}={value} was asked for, and the cache in past_key_values was made with {getattr(cache, name)}. Leave the "
                 "argument out, or pass a new cache."
             )
+    if is_static and not cache.is_static:
+        raise ValueError(
+            'cache_implementation="static" was asked for, and the cache in past_key_values is not static. Leave the argument out, or '
+            "pass a new cache, made with static=True."
+        )
 
 
 def _is_sink_cache(cache) -> bool:

@@ -245,5 +245,5 @@ def test_a_loop_that_forgot_no_grad_keeps_no_graph(model):
     input_ids = random_ids(60)
     for token in range(60):
         logits = model(**cache.prepare(input_ids[:, token : token + 1])).logits
-    assert logits.requires_grad and not any(states.slots.requires_grad for states in cache._states)
+    assert logits.requires_grad and not any(held.requires_grad for states in cache._states for held in states.slots)
     assert_same(logits.detach(), oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -1:])

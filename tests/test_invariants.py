@@ -134,23 +134,23 @@ def test_memory_is_constant_to_the_byte_once_the_window_is_full():
     cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
     feed(model, cache, random_ids(WINDOW_LENGTH), [WINDOW_LENGTH])
     held = cache.num_bytes_held
-    tensors = [states.slots.data_ptr() for group in cache._groups for states in group.states]
+    tensors = [held.data_ptr() for states in cache._states for held in states.slots]
     feed(model, cache, random_ids(200), [1] * 50 + [50] * 3)
     assert cache.num_bytes_held == held
-    assert [states.slots.data_ptr() for group in cache._groups for states in group.states] == tensors
-    # Four layers, two heads of 8, float32: two layers of 6 slots, two of 16, and four sinks apart for each of the two.
+    assert [held.data_ptr() for states in cache._states for held in states.slots] == tensors
+    # Four layers, two heads of 8, float32: two layers of 6 slots, two of 16, and for each of the two four key sinks apart, twice.
     # Before transformers 4.53, all of 6.
     num_full = sum(window is None for window in native_windows(model, WINDOW_LENGTH))
     assert num_full == (2 if TRANSFORMERS >= version.parse("4.53") else 0)
     slots = num_full * WINDOW_LENGTH + (4 - num_full) * 6
-    assert held == 2 * 4 * 8 * 2 * slots + 4 * 8 * 2 * num_full * NUM_SINK_TOKENS + 8 * WINDOW_LENGTH
+    assert held == 2 * 4 * 8 * 2 * slots + 2 * 4 * 8 * 2 * num_full * NUM_SINK_TOKENS + 8 * WINDOW_LENGTH
 
 
 def test_a_short_text_does_not_pay_for_a_long_window():
     model = build_model("llama")
     cache = SinkCache.from_model(model, 4096, NUM_SINK_TOKENS)
     feed(model, cache, random_ids(40), [40])
-    assert all(states.slots.shape[3] < 100 for group in cache._groups for states in group.states)
+    assert all(held.shape[2] < 100 for states in cache._states for held in states.slots)
 
 
 def test_recomputing_the_oracle_in_another_way_gives_the_same():

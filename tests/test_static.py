@@ -1,0 +1,222 @@
+"""The static mode: the same rules, and one compiled graph for the whole stream.
+
+The code is captured, not translated (`backend="eager"`): what a backend makes of the graph is torch's business, but what makes it
+capture another one is ours.
+"""
+
+import pytest
+import torch
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
+from families import EAGER_ONLY, FAMILIES, TRANSFORMERS, build_model, is_refused
+from generate import SinkCache, generate
+from oracle import oracle_logits
+from packaging import version
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+NUM_STEPS = 5 * WINDOW_LENGTH
+WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+CASES = [pytest.param(name, "eager" if name in EAGER_ONLY else "sdpa", id=name) for name in FAMILIES if not is_refused(name)]
+CASES.append(pytest.param("llama", "eager", id="llama-eager"))
+
+
+def static_cache(model) -> SinkCache:
+    """One for this model, or a skip: what can't be served is refused before anything is run."""
+    cache = SinkCache(**WINDOW, static=True)
+    try:
+        cache.bind(model)
+    except ValueError as error:
+        assert "The static mode can't serve" in str(error)
+        pytest.skip(str(error))
+    return cache
+
+
+# What no graph holds, with the newest release: this one looks at the positions to choose its frequencies.
+NOT_CAPTURED = {"llama-dynamic"}
+
+
+def capture(name: str, model):
+    """The model's forward pass, to be captured as a whole, and how many graphs that makes: none where it can't be captured even
+    without a cache (older mixtures of experts, RoPE with frequencies that depend on the length)."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
+    try:
+        compiled(random_ids(1), position_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    except Exception:
+        assert name in NOT_CAPTURED or TRANSFORMERS < version.parse("5.20")
+        compiled = None
+    torch._dynamo.reset()
+    counters.clear()
+    return (model.forward, 0) if compiled is None else (compiled, 1)
+
+
+@pytest.mark.parametrize("name, implementation", CASES)
+def test_one_graph_serves_the_whole_stream(name, implementation):
+    """From the first token on: filling, over the edge, round the ring, and where the positions are lowered."""
+    model = build_model(name, implementation)
+    cache = static_cache(model)
+    stream = random_ids(NUM_STEPS)
+    forward, num_graphs = capture(name, model)
+    with torch.no_grad():
+        logits = torch.cat([forward(**cache.prepare(stream[:, t : t + 1])).logits for t in range(NUM_STEPS)], dim=1)
+    assert_same(logits, oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS))
+    assert counters["stats"]["unique_graphs"] == num_graphs
+    assert cache.num_tokens_seen == NUM_STEPS and any(cache._base)
+
+
+@pytest.mark.parametrize("name, implementation", CASES)
+def test_one_graph_serves_a_padded_batch(name, implementation):
+    """Rows of 30, 2 and 19 tokens: behind, before and over the edge at the same step."""
+    model = build_model(name, implementation)
+    cache = static_cache(model)
+    stream = random_ids(30 + NUM_STEPS)
+    rows = [stream[:, : length + NUM_STEPS] for length in (30, 2, 19)]
+    ids, mask = left_padded(rows)
+    feed(model, cache, ids[:, :30], [30], mask[:, :30])
+    forward, num_graphs = capture(name, model)
+    with torch.no_grad():
+        logits = torch.cat([forward(**cache.prepare(ids[:, 30 + t : 31 + t])).logits for t in range(NUM_STEPS)], dim=1)
+    for row, tokens in enumerate(rows):
+        assert_same(logits[row : row + 1], oracle_logits(model, tokens, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -NUM_STEPS:])
+    assert counters["stats"]["unique_graphs"] == num_graphs
+
+
+def test_however_the_tokens_are_fed_without_compiling():
+    """Passes over several tokens share the slots with those over one."""
+    model = build_model("llama", "sdpa")
+    stream = random_ids()
+    expected = oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    for sizes in ([1] * 80, [9, 1, 1, 30, 1, 20, 1, 1, 16], [2, 1, 40, 1, 36], [80]):
+        assert_same(feed(model, SinkCache.from_model(model, **WINDOW, static=True), stream, sizes), expected)
+
+
+def generate_static(model, prompt, backend="eager", **kwargs):
+    torch._dynamo.reset()
+    counters.clear()
+    compile_config = CompileConfig(backend=backend, mode=None, fullgraph=True, dynamic=False)
+    compile_config._compile_all_devices = True  # not on a GPU only
+    kwargs = {"cache_implementation": "static", "max_new_tokens": NUM_STEPS, "do_sample": False, **WINDOW, **kwargs}
+    return generate(
+        prompt, model=model, compile_config=compile_config, return_dict_in_generate=True, output_logits=True, **kwargs
+    )
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_generate_compiles_once(num_rows):
+    """As it does by itself on a GPU; for a second text and its new cache, too. Nothing stays on the model."""
+    model = build_model("llama", "sdpa")
+    before = dict(vars(model))
+    rows = [random_ids(length, seed=length) for length in (20, 2, 16)[:num_rows]]
+    ids, mask = left_padded(rows)
+    outputs = generate_static(model, ids, attention_mask=mask)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for row, prompt in enumerate(rows):
+        text = torch.cat([prompt, outputs.sequences[row : row + 1, ids.shape[1] :]], dim=1)
+        expected = oracle_logits(model, text[:, :-1], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -NUM_STEPS:]
+        assert_same(torch.stack(outputs.logits, dim=1)[row : row + 1], expected)
+    assert vars(model) == before
+    cache = outputs.past_key_values
+    assert cache.is_static and cache.is_compileable and cache.num_tokens_seen == 20 + NUM_STEPS - 1
+    assert "static=True" in repr(cache)
+
+    more = torch.cat([outputs.sequences, random_ids(7, num_rows=num_rows)], dim=1)
+    compiled = counters["stats"]["unique_graphs"]
+    again = generate(
+        more, attention_mask=torch.cat([mask, torch.ones(num_rows, NUM_STEPS + 7, dtype=torch.long)], dim=1), model=model,
+        past_key_values=cache, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    text = torch.cat([rows[0], again.sequences[:1, ids.shape[1] :]], dim=1)
+    expected = oracle_logits(model, text[:, :-1], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -5:]
+    assert_same(torch.stack(again.logits, dim=1)[:1], expected)
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_a_second_text_needs_no_second_graph():
+    model = build_model("llama", "sdpa")
+    compile_config = CompileConfig(backend="eager", mode=None, fullgraph=True, dynamic=False)
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    counters.clear()
+    for seed in (1, 2):
+        generate(
+            random_ids(5, seed),
+            model=model,
+            cache_implementation="static",
+            compile_config=compile_config,
+            max_new_tokens=20,
+            **WINDOW,
+        )
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_model_that_the_user_compiled():
+    """`model.forward = torch.compile(model.forward)`, as older documentation does it: one graph more, for the prompt."""
+    model, compiled = build_model("llama", "sdpa"), build_model("llama", "sdpa")
+    torch._dynamo.reset()
+    counters.clear()
+    compiled.forward = torch.compile(compiled.forward, backend="eager", fullgraph=True, dynamic=False)
+    outputs = generate(
+        random_ids(5), model=compiled, cache_implementation="static", max_new_tokens=NUM_STEPS, do_sample=False,
+        return_dict_in_generate=True, output_logits=True, **WINDOW,
+    )  # fmt: skip
+    expected = oracle_logits(model, outputs.sequences[:, :-1], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 4:]
+    assert_same(torch.stack(outputs.logits, dim=1), expected)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_nothing_moves():
+    """Addresses are those of the first token after every kind of operation: CUDA graphs read and write them."""
+    model = build_model("qwen2-half-sliding", "sdpa")
+    cache = SinkCache.from_model(model, **WINDOW, static=True)
+    cache.prepare(random_ids(1, num_rows=2))
+    addresses = [held.data_ptr() for states in cache._states for held in states.slots]
+    assert all(held.shape[2] == states.window.length for states in cache._states for held in states.slots)
+    feed(model, cache, random_ids(50, num_rows=2), [1] * 10 + [30] + [1] * 10)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    feed(model, cache, random_ids(1, num_rows=2), [1])
+    cache.reset()
+    stream = random_ids(40, num_rows=2)
+    logits = feed(model, cache, stream, [3] + [1] * 37)
+    assert [held.data_ptr() for states in cache._states for held in states.slots] == addresses
+    assert_same(logits[1:], oracle_logits(model, stream[1:], WINDOW_LENGTH, NUM_SINK_TOKENS))
+
+
+def test_an_interrupted_pass_can_be_repeated():
+    model = build_model("llama", "sdpa")
+    cache = SinkCache.from_model(model, **WINDOW, static=True)
+    stream = random_ids(40)
+    feed(model, cache, stream[:, :30], [20] + [1] * 10)
+    prepared = cache.prepare(stream[:, 30:31])
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model(**prepared)
+    handle.remove()
+    assert cache.num_tokens_seen == 30
+    logits = feed(model, cache, stream[:, 30:], [1] * 10)
+    assert_same(logits, oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 30:])
+
+
+def test_draft_tokens_are_rolled_back():
+    model = build_model("llama", "sdpa")
+    cache = SinkCache.from_model(model, **WINDOW, static=True)
+    stream = random_ids(60)
+    feed(model, cache, stream[:, :30], [20] + [1] * 10)
+    cache.activate_past_recording()
+    feed(model, cache, random_ids(8, seed=5), [1, 1, 6])
+    cache.crop(-8)
+    logits = feed(model, cache, stream[:, 30:], [1] * 30)
+    assert_same(logits, oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 30:])
+
+
+@pytest.mark.parametrize("name, reason", [("bloom", "depends on the order of the keys")])
+def test_models_without_a_static_mode_are_refused(name, reason):
+    model = build_model(name)
+    with pytest.raises(ValueError, match=f"static mode can't serve .*{reason}"):
+        generate(random_ids(3), model=model, cache_implementation="static", **WINDOW)
+
+
+def test_a_cache_that_is_not_static_is_not_taken_for_one():
+    model = build_model("llama")
+    cache = SinkCache.from_model(model, **WINDOW)
+    with pytest.raises(ValueError, match="is not static"):
+        generate(random_ids(3), model=model, cache_implementation="static", past_key_values=cache)
