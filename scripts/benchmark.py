@@ -20,7 +20,6 @@ status is 130 then. What can't run here is left out, with the reason. Needs tran
 import argparse
 import csv
 import functools
-import inspect
 import json
 import platform
 import statistics
@@ -100,11 +99,7 @@ TABLE_COLUMNS = {
 
 
 def sink_cache(model, setup: Setup, is_static: bool = False) -> SinkCache:
-    if not is_static:
-        return SinkCache.from_model(model, setup.window_length, setup.num_sink_tokens)
-    if "static" not in inspect.signature(SinkCache.from_model).parameters:
-        raise ValueError("this version of SinkCache has no static mode")
-    return SinkCache.from_model(model, setup.window_length, setup.num_sink_tokens, static=True)
+    return SinkCache.from_model(model, setup.window_length, setup.num_sink_tokens, static=is_static)
 
 
 class SinkDecoder(Decoder):
@@ -234,9 +229,9 @@ def cell(row: dict, column: str) -> str:
     if column == "MiB_held":
         return f"{row['bytes_held'] / 2**20:.2f}" if "bytes_held" in row else ""
     value = row.get(column, "")
-    spread = {"ms_per_token": "ms", "ratio": "ratio"}.get(column)
-    if spread and f"{spread}_low" in row:
-        return f"{value:.4g} ({row[spread + '_low']:.4g}-{row[spread + '_high']:.4g})"
+    prefix = {"ms_per_token": "ms", "ratio": "ratio"}.get(column)
+    if prefix and f"{prefix}_low" in row:
+        return f"{value:.4g} ({row[f'{prefix}_low']:.4g}-{row[f'{prefix}_high']:.4g})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -44,34 +44,27 @@ METHOD_STYLES = {
     "rerotate": (PURPLE, SOLID, "all keys rotated back"),
     "rotate-at-read": (ORANGE, SOLID, "all keys rotated at read"),
     "recompute": (GRAY, SOLID, "window recomputed"),
+    "bytes to move": (GRAY, DASHED, "limit: bytes to move"),
+    "operations": (GRAY, DOTTED, "limit: operations"),
 }
 CONDITIONS = ("model", "device_name", "dtype", "num_threads", "batch_size")
 LABEL_HEIGHT = 13.0  # points from one label to the next
 LOG_FROM = 8  # the least ratio of largest to smallest time for which a logarithmic axis is drawn
 
 
-def line_plot(
-    plt, path: Path, rows: list[Row], x: str, y: str, band: tuple[str, str] | None, scale: float, labels: tuple[str, str]
-):
-    """One line for each method, `y` divided by `scale` over `x`, with its label at its end."""
+def line_plot(plt, path: Path, rows: list[Row], x: str, y: str, labels: tuple[str, str], band=(), scale: float = 1.0) -> None:
+    """A line for each method: column `y` over column `x`, and as a band the two columns of `band`; `y` divided by `scale`."""
     figure, axes = plt.subplots(figsize=(8.4, 4.8))
-    methods = [method for method in METHOD_STYLES if any(row["method"] == method for row in rows)]
-    ends = []
-    for method in methods:
-        color, line, label = METHOD_STYLES[method]
-        points = {float(row[x]): row for row in rows if row["method"] == method}  # the last row of a position counts
-        positions = sorted(points)
-        column = {name: [float(points[position][name]) / scale for position in positions] for name in (y, *(band or ()))}
-        axes.plot(positions, column[y], color=color, linestyle=line, linewidth=2, marker="o", markersize=3.5)
-        if band:
-            axes.fill_between(positions, column[band[0]], column[band[1]], color=color, alpha=0.15, linewidth=0)
-        ends.append((positions[-1], column[y][-1], label, color))
     axes.set_xscale("log", base=2 if x == "window_length" else 10)
+    ends = []
+    for method in (name for name in METHOD_STYLES if any(row["method"] == name for row in rows)):
+        points = {float(row[x]): row for row in rows if row["method"] == method}  # the last row of a position counts
+        ends.append(draw_line(axes, method, [points[position] for position in sorted(points)], x, y, band, scale))
     values = [value for line in axes.get_lines() for value in line.get_ydata()]
     if max(values) > LOG_FROM * min(values):
         axes.set_yscale("log")
     else:
-        axes.set_ylim(0, 1.15 * max(values))
+        axes.set_ylim(bottom=0)
     label_axes(axes, labels)
     figure.canvas.draw()  # labels at ends need the final scales
     label_ends(axes, ends)
@@ -79,6 +72,17 @@ def line_plot(
     axes.text(0, -0.2, note, transform=axes.transAxes, size=9, color="#666666")
     save(figure, path, num_colors=256)
     plt.close(figure)
+
+
+def draw_line(axes, method: str, points: list[Row], x: str, y: str, band, scale: float) -> tuple[float, float, str, str]:
+    """Where the line ends, its label and its color. A limit has no band."""
+    color, style, label = METHOD_STYLES[method]
+    positions, values = [float(point[x]) for point in points], [float(point[y]) / scale for point in points]
+    axes.plot(positions, values, color=color, linestyle=style, linewidth=2, marker="o", markersize=3.5)
+    if band and points[0][band[0]]:
+        low, high = ([float(point[column]) / scale for point in points] for column in band)
+        axes.fill_between(positions, low, high, color=color, alpha=0.15, linewidth=0)
+    return positions[-1], values[-1], label, color
 
 
 def label_axes(axes, labels: tuple[str, str]) -> None:
@@ -132,34 +136,31 @@ def conditions(row: Row) -> str:
     )
 
 
+QUARTILES = "ms_low", "ms_high"
+
+
+def position_label(rows: list[Row]) -> str:
+    return f"position in the stream, tokens (window_length={rows[0]['window_length']})"
+
+
 def draw_time_by_position(plt, path: Path, rows: list[Row]) -> None:
-    labels = f"position in the stream, tokens (window_length={rows[0]['window_length']})", "milliseconds a token"
-    line_plot(plt, path, rows, "position", "ms_per_token", ("ms_low", "ms_high"), 1, labels)
+    line_plot(plt, path, rows, "position", "ms_per_token", (position_label(rows), "milliseconds a token"), QUARTILES)
 
 
 def draw_memory_by_position(plt, path: Path, rows: list[Row]) -> None:
-    labels = f"position in the stream, tokens (window_length={rows[0]['window_length']})", "MiB held by the cache"
-    line_plot(plt, path, rows, "position", "bytes_held", None, 2**20, labels)
+    line_plot(plt, path, rows, "position", "bytes_held", (position_label(rows), "MiB held by the cache"), scale=2**20)
 
 
 def draw_time_by_window(plt, path: Path, rows: list[Row]) -> None:
-    line_plot(
-        plt,
-        path,
-        rows,
-        "window_length",
-        "ms_per_token",
-        ("ms_low", "ms_high"),
-        1,
-        ("window_length, tokens", "milliseconds a token"),
-    )
+    labels = "window_length, tokens", "milliseconds a token"
+    line_plot(plt, path, rows, "window_length", "ms_per_token", labels, QUARTILES)
 
 
-# Name -> the file that it needs, which of its rows, what else one figure has in common, and the function that draws them.
-FIGURES: dict[str, tuple[str, str, tuple[str, ...], Callable]] = {
-    "time_by_position": ("benchmark.csv", "stream", ("window_length",), draw_time_by_position),
-    "memory_by_position": ("benchmark.csv", "stream", ("window_length",), draw_memory_by_position),
-    "time_by_window": ("benchmark.csv", "decode", (), draw_time_by_window),
+# Name -> the file that it needs, which of its measurements, what else one figure has in common, and the function that draws them.
+FIGURES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Callable]] = {
+    "time_by_position": ("benchmark.csv", ("stream",), ("window_length",), draw_time_by_position),
+    "memory_by_position": ("benchmark.csv", ("stream",), ("window_length",), draw_memory_by_position),
+    "time_by_window": ("benchmark.csv", ("decode", "limit"), (), draw_time_by_window),
 }
 
 
@@ -175,12 +176,12 @@ def groups(rows: list[Row], columns: tuple[str, ...]) -> dict[str, list[Row]]:
 
 def draw(plt, name: str, results_dir: Path, output_dir: Path) -> list[Path]:
     """The files of one figure: none if nothing was measured for it, which is said."""
-    file_name, measure, columns, function = FIGURES[name]
+    file_name, measures, columns, function = FIGURES[name]
     path = results_dir / file_name
     rows = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
-    rows = [row for row in rows if row["measure"] == measure]
+    rows = [row for row in rows if row["measure"] in measures]
     if not rows:
-        print(f"{name} is left out: {path} has no rows of {measure}. See scripts/benchmark.py --help.", file=sys.stderr)
+        print(f"{name} is left out: {path} has no rows of {measures[0]}. See scripts/benchmark.py --help.", file=sys.stderr)
     paths = []
     for suffix, members in groups(rows, CONDITIONS + columns).items():
         paths.append(output_dir / f"{name}{suffix}.png")

@@ -39,7 +39,7 @@ def rules(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prompt_length", [5, WINDOW_LENGTH], ids=["filling", "full"])
-@pytest.mark.parametrize("method", ["sink", "rerotate", "rotate-at-read"])
+@pytest.mark.parametrize("method", ["sink", "sink-static", "rerotate", "rotate-at-read"])
 def test_methods_with_sinks_follow_the_same_rules(model, method, prompt_length):
     """Sinks and recent tokens at their positions within the cache, for two rows: what the oracle says, past five windows."""
     ids = random_ids(num_rows=2)
@@ -100,23 +100,6 @@ def test_what_a_method_is_not_written_for_is_refused():
             baselines.RerotatingDecoder(build_model(family, "sdpa"), setup)
     with pytest.raises(ValueError, match="cohere"):
         baselines.NativeWindowDecoder(build_model("cohere", "sdpa"), setup)
-
-
-def test_static_mode_is_used_where_there_is_one(monkeypatch):
-    model, ids = build_model("llama", "sdpa"), random_ids()
-    asked = []
-
-    def from_model(model, *numbers, static: bool):
-        asked.append(static)
-        return original(model, *numbers)
-
-    original = SinkCache.from_model
-    if "static" not in benchmark.inspect.signature(original).parameters:
-        with pytest.raises(ValueError, match="no static mode"):
-            decode("sink-static", model, ids)
-    monkeypatch.setattr(SinkCache, "from_model", from_model)
-    assert_same(decode("sink-static", model, ids), rules(model, ids)[:, WINDOW_LENGTH:])
-    assert asked == [True]
 
 
 def test_bytes_are_those_of_storages():
