@@ -727,11 +727,8 @@ class Step:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# On a CPU, torch's float32 attention reads what is not in the processor's cache several times slower than a copy does. If the
-# layers don't all stay there, but a copy of one does, copying first is faster (heads of 128, 256 or 1024 tokens: 1.6 times).
-MIN_COLD_BYTES, MAX_COPIED_BYTES = 2**22, 2**23
-
 MIN_SLOTS = 32  # made room for at once
+NUM_TURNS_AT_ONCE = 16  # rotations of the sinks that are computed ahead: one step each
 
 
 class Cursor:
@@ -739,35 +736,48 @@ class Cursor:
 
     Attributes:
         rows: int64 `[batch]`, the numbers 0, 1, 2, ...
-        slots: int64 `[batch]`, the slot of the next token of each row.
+        slots: int64 `[batch, num_sinks + 1]`, the slots that a pass writes: those of the sinks, and that of the token of each row.
         visible: `[batch, 1, 1, window_length]`, what its query sees: bool or, where it is added to the scores, numbers of `dtype`.
     """
 
     def __init__(self, window: Window, batch_size: int, dtype: torch.dtype, device: torch.device):
         self.window = window
         self.rows = torch.arange(batch_size, device=device)
-        self.slots = torch.zeros_like(self.rows)
+        self.slots = torch.arange(window.num_sinks + 1, device=device).repeat(batch_size, 1)
         self.visible = torch.zeros(batch_size, 1, 1, window.length, dtype=dtype, device=device)
-        self._num_visible = [0]
+        self._num_visible, self._has_all_sinks = [0], False
         _keep_in_place(self.rows, self.slots, self.visible)
 
     def move(self, num_seen: list[int]) -> None:
         """To the token that comes after `num_seen`: of each row, or of all."""
+        num_sinks = self.window.num_sinks
         slots = [self.window.slot(seen) for seen in num_seen]
+        has_all_sinks = min(num_seen) >= num_sinks
+        if not (has_all_sinks and self._has_all_sinks):
+            # The token may be a sink itself. No slot is written twice: another one, not yet in use, takes the place of that sink's.
+            slots = torch.tensor(slots)[:, None]
+            sinks = torch.arange(num_sinks)
+            self.slots.copy_(torch.cat([torch.where(sinks == slots, num_sinks, sinks), slots], dim=1))
+            self._has_all_sinks = has_all_sinks
+        elif len(slots) == 1:
+            self.slots[:, -1].fill_(slots[0])
+        else:
+            self.slots[:, -1].copy_(torch.tensor(slots))
         num_visible = [min(seen + 1, self.window.length) for seen in num_seen]
-        self.slots.copy_(torch.tensor(slots))
         if num_visible != self._num_visible:
             slot = torch.arange(self.window.length, device=self.rows.device)
             visible = slot < torch.tensor(num_visible, device=self.rows.device)[:, None, None, None]
             self.visible.copy_(_as_mask(visible, self.visible.dtype))
             self._num_visible = num_visible
 
-    def write(self, held: torch.Tensor, new: torch.Tensor) -> None:
-        """Put `[batch, heads, 1, head_dim]` where it goes."""
-        if len(self.rows) == 1:
-            held.index_copy_(2, self.slots, new)
+    def write(self, held: torch.Tensor, new: torch.Tensor, sinks: torch.Tensor | None) -> None:
+        """Put the states of the token, and of sinks that were moved, where they go: at once, so that it is compiled to one write."""
+        new = new if sinks is None else torch.cat([sinks, new], dim=2)
+        slots = self.slots[:, -new.shape[2] :]
+        if len(slots) == 1:
+            held.index_copy_(2, slots[0], new)
         else:
-            held[self.rows, :, self.slots] = new[:, :, 0]
+            held[self.rows[:, None], :, slots] = new.transpose(1, 2)
 
 
 def _keep_in_place(*tensors: torch.Tensor) -> None:
@@ -806,65 +816,81 @@ class States:
         self.cursor = cursor
         self.slots = [torch.zeros(batch_size, num_heads, 0, head_dim, dtype=dtype, device=device) for _ in range(num_layers)]
         self._moves_sinks = window.num_sinks > 0 and not rotation.is_identity
-        self._sink_positions = torch.arange(window.num_sinks, device=device)
-        self._sinks: tuple[torch.Tensor, torch.Tensor] | None = None  # those that are moved, as they came
-        layer_bytes = batch_size * num_heads * window.length * head_dim * dtype.itemsize
-        reads_cold = device.type == "cpu" and dtype == torch.float32 and layer_bytes * num_layers >= MIN_COLD_BYTES
-        self._hands_out_copies = reads_cold and layer_bytes <= MAX_COPIED_BYTES
+        self._look_at_sinks()
+        if self._moves_sinks:
+            self._sinks = torch.zeros(2, num_layers, batch_size, num_heads, window.num_sinks, head_dim, device=device)
+            self._first_turn, self._turns = 0, self._turn_by(torch.arange(NUM_TURNS_AT_ONCE)[:, None, None])
         if cursor is not None:
             self._reserve(window.length)
             _keep_in_place(*self.slots)
+            if self._moves_sinks:
+                self._turn = torch.zeros(2, batch_size, 1, window.num_sinks, head_dim, device=device)
+                _keep_in_place(self._sinks, self._turn)
         self.clear()
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.slots, *(self._sinks or ())))
+        return _num_bytes(*self.slots, *vars(self).values())
 
-    def begin(self, step: Step, is_recording: bool) -> None:
-        """Before a pass: make room, and bring the sinks to where its queries need them."""
+    def begin(self, step: Step, is_recording: bool, at_cursor: bool) -> None:
+        """Before a pass: make room, and bring the sinks to where its queries need them, or say where (at the cursor)."""
         self.step = step
         self._reserve(step.num_held)
         if is_recording:
             rows, slots, tokens = step.written(len(self.slots[0]))
             self.log.append((rows, slots, tokens, [held[rows, :, slots] for held in self.slots]))
-        if self._moves_sinks and step.hands_out_slots:
+        if not self._moves_sinks:
+            return
+        if self._sinks_are_new:
+            self._keep_sinks()
+        self._sinks_are_new = step.writes_sinks
+        if at_cursor:
+            self._turn.copy_(self._sink_turn(step.shifts))
+            self._sinks_are_at = step.shifts
+        elif step.hands_out_slots:
             self._move_sinks(step.shifts)
-        elif self._moves_sinks:
+        else:
             self._move_sinks([0])
-            self._copies_turn = [
-                x[:, None] for x in self._sink_turn(step.shifts[:, :, None])
-            ]  # [rows, 1, columns, num_sinks, head_dim]
+            self._copies_turn = self._turn_by(step.shifts[:, None])  # [2, rows, 1, columns, num_sinks, head_dim]
 
     def update(self, index: int, new: torch.Tensor) -> torch.Tensor:
         """Write the new states of one layer, `[batch, heads, num_columns, head_dim]`, and hand out `[batch, heads, kv_length, head_dim]`."""
         step, held = self.step, self.slots[index]
         if step.hands_out_slots:
-            held[step.rows, :, step.slots] = new[step.rows, :, step.columns]
+            if step.tokens is None:
+                held.narrow(2, step.slots.start, step.num_columns).copy_(new)
+            else:
+                held[step.rows, :, step.slots] = new[step.rows, :, step.columns]
             if step.order is not None:
                 return _take_slots(held, step.order)
-            held = held[:, :, : step.num_held]
-            return held.clone() if self._hands_out_copies else held
+            return held if step.num_held == held.shape[2] else held.narrow(2, 0, step.num_held)
         if step.writes_sinks:
             rows, slots, columns = step.only_sinks()
             held[rows, :, slots] = new[rows, :, columns]
         sinks = held[:, :, None, : self.window.num_sinks]
         if self._moves_sinks:
-            sinks = self._turned(*self._with_partners(sinks), *self._copies_turn)
+            sinks = self._turned(self._with_partners(sinks), self._copies_turn)
         sinks = sinks.expand(-1, -1, step.num_columns, -1, -1)
         handed_out = torch.cat([sinks.flatten(2, 3), held[:, :, step.recent_before], new], dim=2)
         held[step.rows, :, step.slots] = new[step.rows, :, step.columns]
         return handed_out
 
+    def end(self) -> None:
+        """After a pass over several tokens: let go of what only that needed."""
+        self.step = self._copies_turn = None
+
     def update_at_cursor(self, index: int, new: torch.Tensor) -> torch.Tensor:
         """As `update`, in a compiled pass over one token: all slots are handed out, also those not yet used."""
         held = self.slots[index]
-        self.cursor.write(held, new)
+        sinks = self._turned(self._sinks[:, index], self._turn) if self._moves_sinks else None
+        self.cursor.write(held, new, sinks)
         return held
 
     def clear(self) -> None:
         """As before the first token. What is in the slots stays there, and no query sees it."""
         self.step: Step | None = None  # the pass that was begun
         self.log: list[tuple] = []  # what passes have overwritten, while that is recorded
+        self._sinks_are_new = False  # a pass has written some since they were kept
         self._sinks_are_at = [0]  # by how much the sinks in the slots are moved: one number for each row, or one for all
 
     def move_back(self, num_positions: list[int]) -> None:
@@ -891,11 +917,10 @@ class States:
     def select_rows(self, index: torch.Tensor) -> None:
         """Keep these rows of the batch, in this order."""
         index = index.to(self.slots[0].device)
-        for number, held in enumerate(self.slots):
-            selected = held.index_select(0, index)
-            self.slots[number] = held.copy_(selected) if len(selected) == len(held) else selected
-        if self._sinks is not None:
-            self._sinks = tuple(x.index_select(1, index) for x in self._sinks)
+        self.slots = [_selected(held, 0, index) for held in self.slots]
+        self._look_at_sinks()
+        if self._moves_sinks:
+            self._sinks = _selected(self._sinks, 2, index)
         if len(self._sinks_are_at) > 1:
             self._sinks_are_at = [self._sinks_are_at[row] for row in index.tolist()]
         self.log = []
@@ -904,46 +929,52 @@ class States:
         """Make room, at least doubling it each time, so that a short text does not pay for the whole window."""
         batch_size, num_heads, capacity, head_dim = self.slots[0].shape
         if num_slots > capacity:
-            wider = min(self.window.length, max(num_slots, 2 * capacity, MIN_SLOTS))
+            wider = min(self.window.length, max(num_slots, 2 * capacity, MIN_SLOTS, self.window.num_sinks))
             for index, held in enumerate(self.slots):
                 self.slots[index] = held.new_zeros(batch_size, num_heads, wider, head_dim)  # not left as it comes: 0 * NaN is NaN
                 self.slots[index][:, :, :capacity] = held
-            if self._moves_sinks and wider == self.window.length:
-                self._sinks = self._with_partners(torch.stack(self._sink_slots))  # room, soon needed
+            self._look_at_sinks()
 
-    @property
-    def _sink_slots(self) -> list[torch.Tensor]:
-        return [held[:, :, : self.window.num_sinks] for held in self.slots]
+    def _look_at_sinks(self) -> None:
+        self._sink_slots = [held[:, :, : self.window.num_sinks] for held in self.slots]
+
+    def _keep_sinks(self) -> None:
+        """Those that are in the slots as they came: `[2, layers, batch, heads, num_sinks, head_dim]`, with their partners."""
+        sinks = torch.stack(self._sink_slots)
+        if any(self._sinks_are_at):
+            is_moved = torch.tensor(self._sinks_are_at, device=sinks.device).bool()
+            sinks = torch.where(is_moved[:, None, None, None], self._sinks[0], sinks)
+        self._sinks.copy_(self._with_partners(sinks))
 
     def _move_sinks(self, shifts: list[int]) -> None:
         """Bring the sinks in the slots to `shifts` positions from where they came."""
-        if shifts == self._sinks_are_at:
-            return
-        in_slots = self._sink_slots
-        if 0 in self._sinks_are_at:  # these are in the slots as they came
-            sinks = torch.stack(in_slots)
-            if any(self._sinks_are_at):
-                is_moved = torch.tensor(self._sinks_are_at, device=sinks.device).bool()
-                sinks = torch.where(is_moved[:, None, None, None], self._sinks[0], sinks)
-            self._sinks = self._with_partners(sinks)
-        shift = shifts[0] if len(shifts) == 1 else torch.tensor(shifts, device=self._sink_positions.device)[:, None, None]
-        turned = self._turned(*self._sinks, *self._sink_turn(shift))
-        torch._foreach_copy_(in_slots, turned.unbind())
-        self._sinks_are_at = shifts
+        if shifts != self._sinks_are_at or self.cursor is not None:
+            torch._foreach_copy_(self._sink_slots, self._turned(self._sinks, self._sink_turn(shifts)).unbind())
+            self._sinks_are_at = shifts
 
-    def _sink_turn(self, shift) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines that move each sink by `shift` positions: an int, or a tensor that broadcasts to `[..., num_sinks]`."""
-        angles = self.rotation.angles(self._sink_positions, self._sink_positions + shift)
-        return angles.cos(), angles.sin()
+    def _sink_turn(self, shifts: list[int]) -> torch.Tensor:
+        """What turns the sinks for a pass over one token, `[2, rows, 1, num_sinks, head_dim]`; for the next ones in one go with it."""
+        if len(shifts) > 1:
+            return self._turn_by(torch.tensor(shifts)[:, None])
+        if not 0 <= shifts[0] - self._first_turn < NUM_TURNS_AT_ONCE:
+            self._first_turn = shifts[0]
+            self._turns = self._turn_by(torch.arange(shifts[0], shifts[0] + NUM_TURNS_AT_ONCE)[:, None, None])
+        return self._turns[:, shifts[0] - self._first_turn]
 
-    def _with_partners(self, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a rotation, what does not change from step to step: states in float32, and what turns together with each."""
+    def _turn_by(self, shift: torch.Tensor) -> torch.Tensor:
+        """Cosines and sines that move the sinks by `shift` positions: `[...]` -> `[2, ..., num_sinks, head_dim]`."""
+        position = torch.arange(self.window.num_sinks, device=self.slots[0].device)
+        angles = self.rotation.angles(position, position + shift.to(position.device)[..., None])
+        return torch.stack([angles.cos(), angles.sin()])
+
+    def _with_partners(self, sinks: torch.Tensor) -> torch.Tensor:
+        """What a rotation has to know of states, `[2, ...]`: in float32, and what turns together with each."""
         wide = sinks.float()
-        return wide, wide[..., self.rotation.partner]
+        return torch.stack([wide, wide[..., self.rotation.partner]])
 
-    def _turned(self, wide: torch.Tensor, partner: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def _turned(self, sinks: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
         """As `Rotation.turn`."""
-        return (wide * cos + partner * sin).to(self.slots[0].dtype)
+        return torch.addcmul(sinks[0] * turn[0], sinks[1], turn[1]).to(self.slots[0].dtype)
 
 
 class LayerGroup:
@@ -973,6 +1004,16 @@ class LayerGroup:
             self.states = ()
         for states in self.states:
             states.clear()
+
+
+def _selected(states: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """These rows of what has its rows in dimension `dim`; in the same place, if there are as many as before."""
+    selected = states.index_select(dim, index)
+    return states.copy_(selected) if selected.shape == states.shape else selected
+
+
+def _num_bytes(*values) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
 def _take_slots(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -1110,6 +1151,7 @@ class SinkCache(Cache):
         recurrent = [_recurrent_states(layer) for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
         return (
             sum(states.num_bytes for states in self._states)
+            + sum(_num_bytes(*vars(group.cursor).values()) for group in self._groups if group.cursor is not None)
             + sum(state.nbytes for states in recurrent for state in states)
             + (0 if self._token_ids is None else self._token_ids.nbytes)
         )
@@ -1223,7 +1265,9 @@ class SinkCache(Cache):
                 alike = (window, keeps_native, layer.shapes, layer.dtype, layer.device, *(r.fingerprint for r in layer.rotations))
                 members.setdefault(alike, []).append(index)
         self._groups = [LayerGroup(alike[0], traits.layers[indices[0]], indices) for alike, indices in members.items()]
-        self._last_layer = max(index for group in self._groups for index in group.layers)
+        holding_keys = [index for group in self._groups for index in group.layers]
+        self._windows = {group.window for group in self._groups} | {self._window}
+        self._num_layers, self._last_layer = len(holding_keys), max(holding_keys)
         self._make_layers()
 
     def _make_layers(self) -> None:
@@ -1244,7 +1288,6 @@ class SinkCache(Cache):
 
     # One forward pass
 
-    @torch.no_grad()
     def prepare(
         self,
         input_ids: torch.Tensor | None = None,
@@ -1286,11 +1329,12 @@ class SinkCache(Cache):
             inputs["cache_position"] = inputs["position_ids"][0]  # else the model makes it of numbers
         return inputs
 
-    @torch.no_grad()  # what is held has no history: gradients end here
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the attention layers call. `[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
+        if torch.is_grad_enabled():  # what is held has no history: gradients end here
+            key_states, value_states = key_states.detach(), value_states.detach()
         layer = self.layers[layer_idx]
         if self._is_at_cursor:
             keys, values = layer.group.states
@@ -1299,7 +1343,8 @@ class SinkCache(Cache):
         if self._pass is None or layer_idx in self._pass.layers_done:
             self._begin_unprepared(key_states.shape[0], key_states.shape[2])
         current = self._pass
-        if key_states.shape[2] != current.num_columns or key_states.shape[0] != self._batch_size:
+        is_first = not current.layers_done
+        if is_first and (key_states.shape[2] != current.num_columns or key_states.shape[0] != self._batch_size):
             raise ValueError(
                 f"The pass was prepared for {self._batch_size} rows of {current.num_columns} tokens, and the model brings "
                 f"{key_states.shape[0]} rows of {key_states.shape[2]}. Call the model with exactly what `prepare` returns."
@@ -1312,12 +1357,15 @@ class SinkCache(Cache):
         keys, values = layer.group.states
         held = keys.update(layer.index, key_states), values.update(layer.index, value_states)
         current.layers_done.add(layer_idx)
-        if len(current.layers_done) == sum(len(group.layers) for group in self._groups):
+        if len(current.layers_done) == self._num_layers:
             self._finish(current)
         return held
 
     def _finish(self, finished: "Pass") -> None:
         self._pass = None
+        if finished.num_columns > 1:
+            for states in self._states:
+                states.end()
         self._record(finished.input_ids, finished.steps[self._window])
         self._num_seen = finished.num_seen_after
         if self._is_recording:
@@ -1383,8 +1431,7 @@ class SinkCache(Cache):
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
         num_seen_after = [seen + new for seen, new in zip(num_seen, num_new)]
 
-        windows = {group.window for group in self._groups} | {self._window}
-        evicts = [w for w in windows if num_columns > 1 and max(num_seen_after) > w.length]
+        evicts = num_columns > 1 and any(max(num_seen_after) > window.length for window in self._windows)
         if evicts and self._traits.is_ordered:
             raise ValueError(
                 f"{num_columns} tokens at once go past the window of {self.window_length}, and the scores of this model depend on "
@@ -1407,15 +1454,17 @@ class SinkCache(Cache):
             num_seen, num_new, num_seen_after, base = num_seen[:1], num_new[:1], num_seen_after[:1], base[:1]
         self._num_seen, self._base = num_seen, base
         device = self._groups[0].traits.device
-        steps = {w: Step(w, num_seen, num_new, num_columns, base, device, self._traits.is_ordered) for w in windows}
+        steps = {w: Step(w, num_seen, num_new, num_columns, base, device, self._traits.is_ordered) for w in self._windows}
+        at_cursor = self.is_static and is_prepared and num_columns == min(num_new) == 1
+        is_recording = self._is_recording
         for states in self._states:
-            states.begin(steps[states.window], self._is_recording)
-        self._is_at_cursor = self.is_static and is_prepared and num_columns == min(num_new) == 1
-        if self._is_at_cursor:
+            states.begin(steps[states.window], is_recording, at_cursor)
+        if at_cursor:
             for group in self._groups:
                 group.cursor.move(num_seen)
+        self._is_at_cursor = at_cursor
         can_be_repeated = not evicts and not self._traits.is_recurrent
-        self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated, self._is_at_cursor)
+        self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated, at_cursor)
 
     def _positions_back(self, num_seen: list[int], num_seen_after: list[int], base: list[int]) -> list[int]:
         """By how much the positions of each row are lowered before a pass: rarely, and then to `window_length`.
@@ -1509,6 +1558,8 @@ class SinkCache(Cache):
         """`[batch, num_columns]`: token numbers less the base of the row; padding stands at 0."""
         num_columns = self._pass.num_columns
         stop = [after - start for after, start in zip(self._pass.num_seen_after, self._base)]
+        if len(stop) == num_columns == 1:
+            return torch.full((self._batch_size, 1), stop[0] - 1, device=device)
         if len(stop) == 1:
             positions = torch.arange(stop[0] - num_columns, stop[0], device=device)[None]
         else:

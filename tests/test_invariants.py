@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
 from families import FAMILIES, TRANSFORMERS, build_model
-from generate import SinkCache
+from generate import NUM_TURNS_AT_ONCE, SinkCache
 from oracle import native_windows, oracle_logits
 from packaging import version
 from stdlib_text import stdlib_text
@@ -138,12 +138,13 @@ def test_memory_is_constant_to_the_byte_once_the_window_is_full():
     feed(model, cache, random_ids(200), [1] * 50 + [50] * 3)
     assert cache.num_bytes_held == held
     assert [held.data_ptr() for states in cache._states for held in states.slots] == tensors
-    # Four layers, two heads of 8, float32: two layers of 6 slots, two of 16, and for each of the two four key sinks apart, twice.
-    # Before transformers 4.53, all of 6.
+    # Four layers, two heads of 8, float32: two layers of 6 slots, two of 16. Beside them, of the key sinks that move, as they came and
+    # with partners, and cosines and sines of the next rotations. Before transformers 4.53, all layers have 6 slots.
     num_full = sum(window is None for window in native_windows(model, WINDOW_LENGTH))
     assert num_full == (2 if TRANSFORMERS >= version.parse("4.53") else 0)
     slots = num_full * WINDOW_LENGTH + (4 - num_full) * 6
-    assert held == 2 * 4 * 8 * 2 * slots + 2 * 4 * 8 * 2 * num_full * NUM_SINK_TOKENS + 8 * WINDOW_LENGTH
+    sinks = num_full * 2 * NUM_SINK_TOKENS + (NUM_TURNS_AT_ONCE * NUM_SINK_TOKENS if num_full else 0)
+    assert held == 4 * 8 * 2 * (2 * slots + sinks) + 8 * WINDOW_LENGTH
 
 
 def test_a_short_text_does_not_pay_for_a_long_window():
