@@ -200,7 +200,7 @@ class Rotation:
     @classmethod
     def of_pairs(cls, head_dim: int, inv_freq: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> "Rotation":
         """The rotation that turns dimension `first[i]` towards dimension `second[i]`, `inv_freq[i]` radians a position."""
-        frequency, partner = torch.zeros(head_dim), torch.arange(head_dim)
+        frequency, partner = torch.zeros(head_dim, dtype=torch.float32), torch.arange(head_dim)
         frequency[first], frequency[second] = -inv_freq, inv_freq
         partner[first], partner[second] = second, first
         return cls(frequency, partner)
@@ -208,7 +208,7 @@ class Rotation:
     @classmethod
     def identity(cls, head_dim: int) -> "Rotation":
         """No rotation: keys do not depend on the position."""
-        return cls(torch.zeros(head_dim), torch.arange(head_dim))
+        return cls(torch.zeros(head_dim, dtype=torch.float32), torch.arange(head_dim))
 
     @property
     def is_identity(self) -> bool:
@@ -796,37 +796,34 @@ def _as_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class States:
     """The keys, or the values, of all layers that are alike: `slots`, one `[batch, heads, num_slots, head_dim]` for each layer.
 
-    What is written stays as it is. Only sinks move, where the model rotates these states: they are kept as they came from the first
-    time on, and before a pass they are turned to where its query needs them, for all layers in one go. One rotation, one rounding,
-    `num_sinks` a step.
+    What is written stays as it is. Only sinks move, where the model rotates these states: they are kept as they came, and before a pass
+    those in the slots are turned to where its query needs them, for all layers in one go. One rotation, one rounding, `num_sinks` a
+    step.
     """
 
-    def __init__(
-        self,
-        window: Window,
-        shape: tuple[int, ...],
-        rotation: Rotation,
-        dtype: torch.dtype,
-        device: torch.device,
-        cursor: Cursor | None,
-    ):
+    def __init__(self, window: Window, shape: tuple[int, ...], rotation: Rotation, dtype: torch.dtype, device: torch.device):
         num_layers, batch_size, num_heads, head_dim = shape
         self.window = window
         self.rotation = rotation
-        self.cursor = cursor
+        self.cursor: Cursor | None = None
         self.slots = [torch.zeros(batch_size, num_heads, 0, head_dim, dtype=dtype, device=device) for _ in range(num_layers)]
         self._moves_sinks = window.num_sinks > 0 and not rotation.is_identity
         self._look_at_sinks()
         if self._moves_sinks:
-            self._sinks = torch.zeros(2, num_layers, batch_size, num_heads, window.num_sinks, head_dim, device=device)
+            self._sinks = self._with_partners(
+                self.slots[0].new_zeros(num_layers, batch_size, num_heads, window.num_sinks, head_dim)
+            )
             self._first_turn, self._turns = 0, self._turn_by(torch.arange(NUM_TURNS_AT_ONCE)[:, None, None])
-        if cursor is not None:
-            self._reserve(window.length)
-            _keep_in_place(*self.slots)
-            if self._moves_sinks:
-                self._turn = torch.zeros(2, batch_size, 1, window.num_sinks, head_dim, device=device)
-                _keep_in_place(self._sinks, self._turn)
         self.clear()
+
+    def follow(self, cursor: Cursor) -> None:
+        """From now on in static mode."""
+        self.cursor = cursor
+        self._reserve(self.window.length)
+        _keep_in_place(*self.slots)
+        if self._moves_sinks:
+            self._turn = self._turn_by(torch.zeros_like(cursor.rows)[:, None])
+            _keep_in_place(self._sinks, self._turn)
 
     @property
     def num_bytes(self) -> int:
@@ -990,12 +987,25 @@ class LayerGroup:
         """Make room for so many rows; in static mode, in the place that was made for as many before."""
         if is_static and self.cursor is not None and len(self.cursor.rows) == batch_size:
             return
-        window, traits = self.window, self.traits
-        self.cursor = Cursor(window, batch_size, mask_dtype, traits.device) if is_static else None
+        traits = self.traits
         self.states = tuple(
-            States(window, (len(self.layers), batch_size, *shape), rotation, traits.dtype, traits.device, self.cursor)
+            States(self.window, (len(self.layers), batch_size, *shape), rotation, traits.dtype, traits.device)
             for shape, rotation in zip(traits.shapes, traits.rotations)
         )
+        if is_static:
+            self._set_cursor(batch_size, mask_dtype)
+
+    def _set_cursor(self, batch_size: int, mask_dtype: torch.dtype) -> None:
+        self.cursor = Cursor(self.window, batch_size, mask_dtype, self.traits.device)
+        for states in self.states:
+            states.follow(self.cursor)
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Keep these rows of the batch, in this order."""
+        for states in self.states:
+            states.select_rows(index)
+        if self.cursor is not None and len(self.cursor.rows) != len(index):
+            self._set_cursor(len(index), self.cursor.visible.dtype)
 
     def clear(self) -> None:
         """As before the first token."""
@@ -1654,8 +1664,8 @@ class SinkCache(Cache):
         if len(self._num_seen) > 1:
             rows = index.tolist()
             self._num_seen, self._base = [self._num_seen[row] for row in rows], [self._base[row] for row in rows]
-        for states in self._states:
-            states.select_rows(index)
+        for group in self._groups:
+            group.select_rows(index)
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):
                 LinearAttentionLayer.reorder_cache(layer, index)

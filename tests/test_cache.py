@@ -247,3 +247,17 @@ def test_a_loop_that_forgot_no_grad_keeps_no_graph(model):
         logits = model(**cache.prepare(input_ids[:, token : token + 1])).logits
     assert logits.requires_grad and not any(held.requires_grad for states in cache._states for held in states.slots)
     assert_same(logits.detach(), oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -1:])
+
+
+def test_the_default_dtype_of_torch_does_not_matter():
+    """Rotations are computed in float32, whatever new tensors are by default."""
+    model = build_model("llama")
+    stream = random_ids(50)
+    expected = oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        logits = feed(model, SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS), stream, [10] + [1] * 20 + [20])
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(logits, expected)
