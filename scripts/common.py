@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +27,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace):
     """Model and tokenizer that the arguments name."""
-    model = AutoModelForCausalLM.from_pretrained(args.model).to(args.device, DTYPES[args.dtype]).eval()
+    dtype = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+    # Not by `to(dtype)` afterwards: that rounds the frequencies of the rotation, too.
+    model = AutoModelForCausalLM.from_pretrained(args.model, **{dtype: DTYPES[args.dtype]}).to(args.device).eval()
     return model, AutoTokenizer.from_pretrained(args.model)
 
 

@@ -32,7 +32,7 @@ COLUMNS = ("release", "python", "torch", "huggingface_hub", "passed", "skipped",
 OLDEST = re.search(r"transformers>=([\d.]+)", (ROOT / "custom_generate" / "requirements.txt").read_text()).group(1)
 # The rules on every family that a release has, the cache and generate. What is left out is about the newest release, or the scripts.
 TESTS = tuple(f"tests/test_{name}.py" for name in ("families", "invariants", "cache", "generate"))
-END_TO_END = ("tests/test_loading.py", "tests/test_publish.py")
+END_TO_END = ("tests/test_loading.py", "tests/test_publish.py", "tests/test_static.py")
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "-m", "not also_eager")
 SHARED_PACKAGES = ("pytest>=8", "hypothesis")
 README_BLOCK = re.compile(r"(?<=<!-- releases: begin -->\n).*?(?=<!-- releases: end -->)", re.DOTALL)
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--torch", default="2.13.0", help="release of torch (default: %(default)s)")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="what pytest is to run (default: %(default)s)")
     parser.add_argument(
-        "--end-to-end", action="store_true", help="also publish to a Hub on loopback, and load in every documented way"
+        "--end-to-end", action="store_true", help="also publish to a Hub on loopback, load in every documented way, and compile"
     )
     parser.add_argument("--jobs", type=int, default=1, help="releases at a time (default: %(default)s)")
     parser.add_argument(
