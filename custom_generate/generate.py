@@ -128,10 +128,13 @@ def _stop_counting(view: torch.nn.Module) -> None:
         view._get_initial_cache_position = get_initial_cache_position
 
 
-def _uncompiled():
-    """A context in which a compiled model runs as it was written: a pass of a shape that comes once is not worth a graph."""
-    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
+def _as_written(model: torch.nn.Module) -> torch.nn.Module:
+    """The model as it is when nobody compiles it, sharing all else: a pass of a shape that comes once is not worth a graph."""
+    view = copy.copy(model)  # without what model.compile() has made
+    forward = getattr(model.forward, "_torchdynamo_orig_callable", None)  # model.forward = torch.compile(model.forward)
+    if forward is not None:
+        view.forward = forward
+    return view
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,8 +343,7 @@ def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
     known = _known_traits.setdefault(model, {})
     key = window_length, model.dtype, model.device
     if key not in known:
-        with _uncompiled():
-            known[key] = _find_model_traits(model, window_length)
+        known[key] = _find_model_traits(_as_written(model), window_length)
     return known[key]
 
 
@@ -1905,6 +1907,7 @@ def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size
     The model stays as it is, whatever happens; and several threads can have views of one model.
     """
     view = copy.copy(model)
+    view._compiled_call_impl = model._compiled_call_impl  # of model.compile(): no copy has it
     view.generation_config = _without_cache_options(model.generation_config)
     prepare_inputs, update_kwargs = model.prepare_inputs_for_generation, model._update_model_kwargs_for_generation
     device = model.device
@@ -1945,6 +1948,7 @@ def _feed_all_but_last_chunk(
 ) -> "Prompt":
     """Run a prompt through the model but for its last chunk, which is returned for `generate` to go on with."""
     others = {name: value for name, value in others.items() if not name.startswith("output_")}
+    as_written = _as_written(model)
     filling, full = (chunk_size, chunk_size) if chunk_size is not None else DEFAULT_PREFILL_CHUNK_SIZE
     while True:
         size = filling if cache.num_tokens_seen < cache.window_length else full
@@ -1952,8 +1956,7 @@ def _feed_all_but_last_chunk(
         if prompt.num_columns <= size:
             return prompt
         chunk, prompt = prompt.split(size)
-        with _uncompiled():
-            model(**others | cache.prepare(**chunk.arguments))
+        as_written(**others | cache.prepare(**chunk.arguments))
 
 
 class History(torch.Tensor):
