@@ -14,9 +14,10 @@ The file is three ideas, each a small thing that can be read by itself, and what
     1. `Window`          where a token is stored: the slots of a ring behind the sinks
     2. `Rotation`        how this model moves a key by some positions: found by asking the model, then checked
     3. `Step`            what each query of one forward pass may see, and where the pass writes
+       `Cursor`          the same in tensors, for a compiled pass over one token
        `States`          the keys and values themselves
        `SinkCache`       the transformers cache
-       `generate`        what `custom_generate` calls
+       `generate`        what `custom_generate` calls; `History`, a text that grows without being copied
 
 Nothing here opens a file or a connection, changes anything global, or leaves anything on the model.
 """
@@ -1827,6 +1828,8 @@ def generate(
         num_sink_tokens: how many of the first tokens are never evicted (default 4). Both numbers may also stand in a generation
             config, or come with the cache.
         prefill_chunk_size: tokens of a prompt that go through the model in one pass.
+        cache_implementation: "static" for a cache that never moves. On a GPU transformers then compiles the forward pass, as
+            `compile_config` says; elsewhere, compile the model.
         past_key_values: a `SinkCache` to continue, with either the whole history in `input_ids`, or its last `window_length` tokens,
             or only what the cache has not seen: that is `sequences[:, cache.get_seq_length():]` and what comes after it.
 
