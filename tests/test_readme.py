@@ -57,6 +57,8 @@ SHORTER = {
     "--num-tokens 50000": "--num-tokens 300",
     "--max-new-tokens 50000": "--max-new-tokens 300",
     "--num-threads 1": "--num-threads 1 --preset tiny --window-length 32 --num-tokens 4 --num-rounds 2 --methods sink dynamic",
+    "1000 10000 100000 1000000": "50 100 --methods sink-generate",
+    "--measure prefill --window-length 256": "--measure prefill --prefill-windows 4 --chunk-length 8",
 }
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{{ eos_token }}{% endfor %}"
@@ -135,7 +137,7 @@ def test_the_commands_run(code, copy_of_repository):
             command = command.replace(long, short)
         if command == "python scripts/demo.py":
             command += " --max-new-tokens 300"
-        if "figures.py" in command:
+        if "figures.py" in command or "plot.py" in command:
             pytest.importorskip("matplotlib")
         program, *arguments = shlex.split(command)
         assert program == "python"
