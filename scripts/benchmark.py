@@ -1,10 +1,11 @@
 """What a token costs with a `SinkCache`, side by side with other ways to decode.
 
-Three measurements (`--measure`), on a model of the Hub or on random weights of a known shape (`--preset`):
+Four measurements (`--measure`), on a model of the Hub or on random weights of a known shape (`--preset`):
 
     decode   time of a step at a full window. All methods decode in turns, `--num-tokens` at a time, in an order that changes from round to
              round; the ratio of two methods is that of their turns in the same round, so what the machine does besides hits both.
     stream   time of a step by position in one long stream, the whole way through `generate` and in a loop of one's own; memory on the way.
+    age      time of a step in streams of very different lengths, in turns, the whole way through `generate`.
     prefill  tokens a second of a prompt many windows long, by chunk length; and a pass over a full window against plain attention
              over as many keys.
 
@@ -73,7 +74,7 @@ PRESETS = {
     "qwen3-0.6b": (Qwen3Config, shape(1024, 28, 16, 8, 128, 3072, 151936) | {"tie_word_embeddings": True}),
     "8b": (LlamaConfig, shape(4096, 32, 32, 8, 128, 14336, 128256)),
 }
-MEASURES = ("decode", "stream", "prefill")
+MEASURES = ("decode", "stream", "age", "prefill")
 NUM_WARMUP_TURNS = 2  # what is compiled may be compiled again on the second
 STREAM_PROMPT_LENGTH = 8
 BUCKETS_PER_DECADE = 8  # of positions in a stream
@@ -88,6 +89,7 @@ TABLE_COLUMNS = {
     "ratio": "window_length batch_size method reference ratio",
     "limit": "window_length batch_size method ms_per_token",
     "stream": "window_length batch_size method position ms_per_token tokens_per_second MiB_held",
+    "age": "window_length batch_size position ms_per_token ratio MiB_held",
     "prefill": "window_length batch_size method chunk_length position tokens_per_second MiB_held",
     "chunk": "window_length batch_size chunk_length num_keys ms_per_token ratio MiB_held",
 }
@@ -484,6 +486,30 @@ def measure_stream(args, model, window_length: int, batch_size: int, report: Rep
                 report.leave_out(name, error)
 
 
+def measure_age(args, model, window_length: int, batch_size: int, report: Report) -> None:
+    """Streams that have read prompts of these lengths go on in turns. The passes that begin and end a turn are off the clock."""
+    options = {"model": model, "do_sample": False, "return_dict_in_generate": True}
+    streams, turns, ages = {}, {}, sorted(args.age)
+    for age in tqdm(ages, desc=f"age, window {window_length}, prompts", file=sys.stderr):
+        prompt = random_ids(model, batch_size, age, args.seed)
+        numbers = {"window_length": window_length, "num_sink_tokens": args.num_sink_tokens}
+        streams[age], turns[age] = generate(prompt, max_new_tokens=1, **numbers, **options), []
+    progress = tqdm(range(args.num_rounds + 1), desc=f"age, window {window_length}, batch {batch_size}", file=sys.stderr)
+    for number in progress:
+        for age in ages[:: 1 if number % 2 else -1]:
+            clock = TokenClock([], lambda clock: None, progress)
+            text, cache = streams[age].sequences, streams[age].past_key_values
+            streams[age] = generate(text, past_key_values=cache, max_new_tokens=args.num_tokens + 1, streamer=clock, **options)
+            if number > 0:  # the first warms up
+                turns[age].append(statistics.median(clock.bucket[1:]))
+    for age in ages:
+        ratios = spread("ratio", [one / other for one, other in zip(turns[age], turns[ages[0]])])
+        about = {**conditions(Setup(window_length, args.num_sink_tokens, text)), "num_rounds": args.num_rounds}
+        held = storage_bytes(streams[age].past_key_values)
+        step = spread("ms_per_token", turns[age], "ms")
+        report.add("age", "sink-generate", **about, position=age, reference=str(ages[0]), bytes_held=held, **step, **ratios)
+
+
 def measure_prefill(args, model, window_length: int, batch_size: int, report: Report) -> None:
     """Prompts, fed in chunks: to a `SinkCache` as `generate` does it, and to a `DynamicCache` by hand."""
     prompt = random_ids(model, batch_size, args.prefill_windows * window_length, args.seed)
@@ -666,6 +692,7 @@ def parse_arguments() -> argparse.Namespace:
         default=[1000, 10000],
         help="positions looked at, besides those between (default: 1000 10000)",
     )
+    add("--age", type=count, nargs="+", default=[1000, 100000, 1000000], help="tokens read before (default: 1000 100000 1000000)")
     add("--max-dynamic-length", type=count, default=20000, help="most tokens in a cache that grows (default: %(default)s)")
     add("--prefill-windows", type=count, default=64, help="length of a prompt, in windows (default: %(default)s)")
     add("--prefill-rounds", type=count, default=3, help="prompts of each kind (default: %(default)s)")
@@ -700,7 +727,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @torch.no_grad()
 def measure_all(args, model, report: Report) -> None:
-    measurements = {"decode": measure_decode, "stream": measure_stream, "prefill": measure_prefill}
+    measurements = {"decode": measure_decode, "stream": measure_stream, "age": measure_age, "prefill": measure_prefill}
     for measure in args.measure:
         for window_length in args.window_length:
             for batch_size in args.batch_size:

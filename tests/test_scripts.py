@@ -88,6 +88,14 @@ def test_benchmark(tmp_path):
     assert len(list(csv.DictReader(path.open()))) == len(written) + 3
 
 
+def test_benchmark_of_ages():
+    """Streams of different lengths, in turns: as much is held, whatever the length."""
+    result = last_line(run(*SHORT_BENCHMARK, "--measure", "age", "--age", 300, 20, 60))
+    rows = [row for row in result["results"] if row["measure"] == "age"]
+    assert [row["position"] for row in rows] == [20, 60, 300] and rows[0]["ratio"] == 1
+    assert rows[1]["bytes_held"] == rows[2]["bytes_held"] and all(row["ms_per_token"] > 0 for row in rows)
+
+
 def test_benchmark_of_streams_and_prompts_and_their_figures(tmp_path):
     pytest.importorskip("matplotlib")
     methods = ["sink", "dynamic", "sink-generate", "dynamic-generate"]

@@ -167,7 +167,11 @@ def test_a_model_that_the_user_compiled(how):
         wrapper = torch.compile(compiled, **options)
     arguments = {"cache_implementation": "static", "max_new_tokens": NUM_STEPS, "prefill_chunk_size": 10, **WINDOW}
     outputs = generate(
-        random_ids(57), model=wrapper if how == "wrapper" else compiled, return_dict_in_generate=True, output_logits=True, **arguments
+        random_ids(57),
+        model=wrapper if how == "wrapper" else compiled,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **arguments,
     )
     expected = oracle_logits(model, outputs.sequences[:, :-1], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 56:]
     assert_same(torch.stack(outputs.logits, dim=1), expected)
