@@ -110,7 +110,7 @@ def test_benchmark_of_streams_and_prompts_and_their_figures(tmp_path):
         "stream", "method", "position"
     )
     held = {row["method"]: row["bytes_held"] for row in result["results"] if row["measure"] == "stream"}
-    assert held["dynamic-generate"] > 4 * held["sink-generate"] == 4 * held["sink"]
+    assert held["dynamic-generate"] > 3 * held["sink-generate"] and held["sink-generate"] == held["sink"]
     assert measured("prefill", "method", "chunk_length", "position") == {
         ("sink", "default", 128),
         ("sink", 8, 128),
