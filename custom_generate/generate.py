@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache, DynamicCache, GenerationMixin, cache_utils
-from transformers.utils import logging
+from transformers.utils import is_torchdynamo_compiling, logging
 
 logger = logging.get_logger(__name__)
 
@@ -1171,7 +1171,7 @@ class SinkCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Tokens seen, as for every cache of transformers: what `generate` continues from."""
-        if self._is_at_cursor and torch.compiler.is_compiling():
+        if self._is_at_cursor and is_torchdynamo_compiling():
             return (
                 self.window_length - 1
             )  # the slots before the query; a graph takes numbers for constants, and has its positions
