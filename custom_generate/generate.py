@@ -1172,9 +1172,8 @@ class SinkCache(Cache):
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Tokens seen, as for every cache of transformers: what `generate` continues from."""
         if self._is_at_cursor and is_torchdynamo_compiling():
-            return (
-                self.window_length - 1
-            )  # the slots before the query; a graph takes numbers for constants, and has its positions
+            # The slots before the query: a graph takes numbers for constants, and has been given its positions.
+            return self.window_length - 1
         return self.num_tokens_seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:

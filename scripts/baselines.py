@@ -32,6 +32,11 @@ class Setup:
     turn_length: int = 1
     compile_mode: str = "default"
 
+    @property
+    def first_length(self) -> int:
+        """Of a cache that grows, so that it is `window_length` on average over a turn."""
+        return self.window_length - (self.turn_length + 1) // 2
+
 
 class Decoder:
     """Takes one token after another, `window_length` of them in view: at each step, or on average over a turn.
@@ -95,8 +100,7 @@ class DynamicDecoder(Decoder):
 
     def __init__(self, model, setup: Setup):
         self.model, self.turn_length = model, setup.turn_length
-        first_length = setup.window_length - (setup.turn_length + 1) // 2
-        self.cache = fill(model, DynamicCache(config=model.config), setup.prompt[:, :first_length])
+        self.cache = fill(model, DynamicCache(config=model.config), setup.prompt[:, : setup.first_length])
 
     def rewind(self) -> None:
         self.cache.crop(-self.turn_length)
@@ -123,8 +127,7 @@ class QuantizedDecoder(Decoder):
 
     def __init__(self, model, setup: Setup, backend: str):
         self.model = model
-        first_length = setup.window_length - (setup.turn_length + 1) // 2
-        self.filled = fill(model, QuantizedCache(backend, model.config), setup.prompt[:, :first_length])
+        self.filled = fill(model, QuantizedCache(backend, model.config), setup.prompt[:, : setup.first_length])
         self.rewind()
 
     def rewind(self) -> None:

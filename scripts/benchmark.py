@@ -49,7 +49,7 @@ from baselines import (
     native_window_model,
     storage_bytes,
 )
-from common import DEFAULT_NUM_SINK_TOKENS, DTYPES, ROOT, add_model_arguments
+from common import DEFAULT_NUM_SINK_TOKENS, DTYPES, ROOT, add_model_arguments, load_weights
 from generate import SinkCache, generate
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
@@ -601,9 +601,9 @@ def measure_chunk(args, model, window_length: int, batch_size: int, chunk_length
 
 
 def build_model(args):
-    """The model that the arguments name, in its dtype from the start: a conversion would round its rotary frequencies as well."""
+    """The model that the arguments name, or random weights of the preset's shape."""
     if args.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device)
+        model = load_weights(args)
     else:
         torch.manual_seed(args.seed)
         config_class, sizes = PRESETS[args.preset]

@@ -25,12 +25,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and cache (default: %(default)s)")
 
 
-def load_model(args: argparse.Namespace):
-    """Model and tokenizer that the arguments name."""
+def load_weights(args: argparse.Namespace):
+    """The model that the arguments name, in its dtype from the start: a conversion would round its rotary frequencies as well."""
     dtype = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-    # Not by `to(dtype)` afterwards: that rounds the frequencies of the rotation, too.
-    model = AutoModelForCausalLM.from_pretrained(args.model, **{dtype: DTYPES[args.dtype]}).to(args.device).eval()
-    return model, AutoTokenizer.from_pretrained(args.model)
+    return AutoModelForCausalLM.from_pretrained(args.model, **{dtype: DTYPES[args.dtype]}).to(args.device).eval()
 
 
-__all__ = ["DEFAULT_NUM_SINK_TOKENS", "DEFAULT_WINDOW_LENGTH", "DTYPES", "ROOT", "add_model_arguments", "load_model"]
+def load_model(args: argparse.Namespace):
+    """That model and its tokenizer."""
+    return load_weights(args), AutoTokenizer.from_pretrained(args.model)
+
+
+__all__ = [
+    "DEFAULT_NUM_SINK_TOKENS",
+    "DEFAULT_WINDOW_LENGTH",
+    "DTYPES",
+    "ROOT",
+    "add_model_arguments",
+    "load_model",
+    "load_weights",
+]

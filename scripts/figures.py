@@ -123,6 +123,22 @@ def draw_nats(plt, path: Path, about: dict, columns: dict[str, list[float]]) -> 
     save(figure, path)
 
 
+def load_pyplot(script: str):
+    """matplotlib's pyplot, drawing to files only."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit(f"{script} draws with matplotlib, which is not installed: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def print_paths(paths: list[Path]) -> None:
+    print(json.dumps({"figures": [str(path) for path in paths], "bytes": [path.stat().st_size for path in paths]}))
+
+
 def save(figure, path: Path, num_colors: int = 64) -> None:
     """As PNG with a palette, which takes a third of the bytes."""
     from PIL import Image  # matplotlib needs it, too
@@ -142,19 +158,13 @@ def main() -> None:
     )
     parser.add_argument("--output-dir", type=Path, default=ROOT / "figures", help="(default: %(default)s)")
     args = parser.parse_args()
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("scripts/figures.py draws with matplotlib, which is not installed: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = load_pyplot("scripts/figures.py")
     about, columns = read_csv(args.csv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     paths = [args.output_dir / "kept.png", args.output_dir / "nats.png"]
     draw_kept(plt, paths[0])
     draw_nats(plt, paths[1], about, columns)
-    print(json.dumps({"figures": [str(path) for path in paths], "bytes": [path.stat().st_size for path in paths]}))
+    print_paths(paths)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ go to a figure each; where a row was measured more than once, the last one count
 
 import argparse
 import csv
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from statistics import mean
 
 from common import ROOT
 
-from figures import FULL_COLOR, RECENT, SINK, save
+from figures import FULL_COLOR, RECENT, SINK, load_pyplot, print_paths, save
 
 Row = dict[str, str]
 
@@ -117,9 +116,8 @@ def label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 def apart(heights: list[float], distance: float) -> list[float]:
     """The nearest heights (least squares) that are in the same order and at least so far apart; `heights` ascend."""
-    blocks: list[
-        list[float]
-    ] = []  # labels that touch stand around their mean: less their place in the order, they have one height
+    # Labels that touch stand around their mean: less their place in the order, they have one height.
+    blocks: list[list[float]] = []
     for index, height in enumerate(heights):
         blocks.append([height - index * distance])
         while len(blocks) > 1 and mean(blocks[-2]) > mean(blocks[-1]):
@@ -197,20 +195,14 @@ def main() -> None:
     )
     parser.add_argument("--output-dir", type=Path, default=ROOT / "figures", help="(default: %(default)s)")
     args = parser.parse_args()
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("scripts/plot.py draws with matplotlib, which is not installed: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = load_pyplot("scripts/plot.py")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     paths = [path for name in args.figures for path in draw(plt, name, args.results_dir, args.output_dir)]
     if not paths:
         sys.exit(
             f"Nothing in {args.results_dir} to draw. Measure first: scripts/benchmark.py --csv {args.results_dir}/benchmark.csv"
         )
-    print(json.dumps({"figures": [str(path) for path in paths], "bytes": [path.stat().st_size for path in paths]}))
+    print_paths(paths)
 
 
 if __name__ == "__main__":

@@ -99,15 +99,13 @@ def test_however_the_tokens_are_fed_without_compiling():
         assert_same(feed(model, SinkCache.from_model(model, **WINDOW, static=True), stream, sizes), expected)
 
 
-def generate_static(model, prompt, backend="eager", **kwargs):
+def compiled_by_generate() -> dict:
+    """The arguments with which `generate` captures the forward pass by itself, not on a GPU only; nothing is captured yet."""
     torch._dynamo.reset()
     counters.clear()
-    compile_config = CompileConfig(backend=backend, mode=None, fullgraph=True, dynamic=False)
-    compile_config._compile_all_devices = True  # not on a GPU only
-    kwargs = {"cache_implementation": "static", "max_new_tokens": NUM_STEPS, "do_sample": False, **WINDOW, **kwargs}
-    return generate(
-        prompt, model=model, compile_config=compile_config, return_dict_in_generate=True, output_logits=True, **kwargs
-    )
+    compile_config = CompileConfig(backend="eager", mode=None, fullgraph=True, dynamic=False)
+    compile_config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": compile_config, "do_sample": False, **WINDOW}
 
 
 @compiling
@@ -118,7 +116,10 @@ def test_generate_compiles_once(num_rows):
     before = dict(vars(model))
     rows = [random_ids(length, seed=length) for length in (20, 2, 16)[:num_rows]]
     ids, mask = left_padded(rows)
-    outputs = generate_static(model, ids, attention_mask=mask)
+    outputs = generate(
+        ids, attention_mask=mask, model=model, max_new_tokens=NUM_STEPS, return_dict_in_generate=True, output_logits=True,
+        **compiled_by_generate(),
+    )  # fmt: skip
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     for row, prompt in enumerate(rows):
         text = torch.cat([prompt, outputs.sequences[row : row + 1, ids.shape[1] :]], dim=1)
@@ -144,19 +145,9 @@ def test_generate_compiles_once(num_rows):
 @compiling
 def test_a_second_text_needs_no_second_graph():
     model = build_model("llama", "sdpa")
-    compile_config = CompileConfig(backend="eager", mode=None, fullgraph=True, dynamic=False)
-    compile_config._compile_all_devices = True
-    torch._dynamo.reset()
-    counters.clear()
+    arguments = compiled_by_generate()
     for seed in (1, 2):
-        generate(
-            random_ids(5, seed),
-            model=model,
-            cache_implementation="static",
-            compile_config=compile_config,
-            max_new_tokens=20,
-            **WINDOW,
-        )
+        generate(random_ids(5, seed), model=model, max_new_tokens=20, **arguments)
     assert counters["stats"]["unique_graphs"] == 1
 
 
