@@ -1973,7 +1973,7 @@ class History(torch.Tensor):
 
     @classmethod
     def of(cls, ids: torch.Tensor) -> "History":
-        room = torch.empty_like(ids)
+        room = ids[:, :0]  # none yet: made at once for twice the text
         room.num_used = 0
         return cls._append(room, ids[:, :0], ids)
 
