@@ -1783,6 +1783,8 @@ UNSUPPORTED_OPTIONS = {
     "use_mtp": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
     "cache_implementation": 'it would put another cache in the place of SinkCache, but for "static"',
     "cache_config": "it would configure another cache",
+    "max_cache_len": "a SinkCache holds window_length tokens, however long the text gets",
+    "continuous_batching_config": "continuous batching has a paged cache of its own",
     "return_legacy_cache": "tuples of keys and values can't say which of them are sinks",
     "penalty_alpha": "contrastive search feeds candidate tokens that it takes back",
     "dola_layers": "it lives in a custom_generate repository of its own",
@@ -1792,6 +1794,8 @@ UNSUPPORTED_OPTIONS = {
     "token_healing": "it changes the last token of the prompt",
     "position_ids": "tokens are numbered by the cache",
 }
+# Those that choose a cache. Published generation configs do, and a SinkCache takes its place: only the call itself may not ask for one.
+CACHE_OPTIONS = ("cache_implementation", "cache_config", "max_cache_len", "continuous_batching_config", "return_legacy_cache")
 # What `SinkCache.prepare` brings.
 PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
 # Tensors that `generate` takes: what else comes with each token of a prompt is refused.
@@ -1799,7 +1803,12 @@ PROMPTS = ("input_ids", "inputs_embeds", "attention_mask", "negative_prompt_ids"
 # What `generate` makes longer with each token, and the cache has no need of.
 GROWING_INPUTS = ("attention_mask", "position_ids")
 # Values of those options that mean what is done anyway.
-_NEUTRAL_VALUES = {"num_beams": (1,), "num_beam_groups": (1,), "cache_implementation": ("static", "dynamic")}
+_NEUTRAL_VALUES = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+    "cache_implementation": ("static", "dynamic"),
+}
 # Options under which the text is not just continued, token by token, as the second text of guidance would have to follow.
 NOT_WITH_GUIDANCE = ("num_beams", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
@@ -2244,12 +2253,14 @@ def _option(model: torch.nn.Module, kwargs: dict, name: str):
 
 
 def _check_options(model: torch.nn.Module, kwargs: dict) -> None:
-    """Refuse what can't be exact. Only what the call itself asks for: a model's own generation config may name another cache."""
+    """Refuse what can't be exact."""
     for name, reason in UNSUPPORTED_OPTIONS.items():
-        value = _asked(kwargs, name)
+        asked = _asked(kwargs, name)
+        value = asked if name in CACHE_OPTIONS else _option(model, kwargs, name)
         if value is not None and value is not False and value not in _NEUTRAL_VALUES.get(name, ()):
             shown = type(value).__name__ if hasattr(value, "__dict__") or isinstance(value, torch.Tensor) else repr(value)
-            raise ValueError(f"{name}={shown} can't be used with SinkCache: {reason}. Leave it out.")
+            what_to_do = "Leave it out" if asked is not None else "It stands in model.generation_config: set it to None there"
+            raise ValueError(f"{name}={shown} can't be used with SinkCache: {reason}. {what_to_do}.")
     if _asked(kwargs, "use_cache") is False:
         raise ValueError("use_cache=False can't be used with SinkCache: without a cache there is nothing to bound. Leave it out.")
     for name, value in kwargs.items():
@@ -2286,7 +2297,6 @@ def _is_sink_cache(cache) -> bool:
 def _without_cache_options(generation_config):
     """A copy that leaves the choice of the cache, the feeding of the prompt and guidance to us."""
     generation_config = copy.deepcopy(generation_config)
-    generation_config.guidance_scale = None
-    generation_config.cache_implementation = None
-    generation_config.prefill_chunk_size = None
+    for name in ("cache_implementation", "cache_config", "prefill_chunk_size", "guidance_scale"):
+        setattr(generation_config, name, None)
     return generation_config
