@@ -4,6 +4,7 @@ Logits come from the oracle, for the text that was generated; the processors tha
 one, and tokens are chosen from that. Tokens, logits and scores have to be those of `generate`.
 """
 
+import inspect
 import threading
 
 import pytest
@@ -422,3 +423,15 @@ def test_guidance_that_can_not_be_exact_is_refused(model, monkeypatch, options, 
     prompt = {} if "inputs_embeds" in options else {"inputs": random_ids(5, num_rows=2)}
     with pytest.raises(ValueError, match=message):
         generate(model=model, **{"guidance_scale": 1.5, "max_new_tokens": 3} | prompt | options, **WINDOW)
+
+
+def test_defaults_of_the_model(model):
+    """transformers 4 may be told not to take them."""
+    if "use_model_defaults" not in inspect.signature(model.generate).parameters:
+        pytest.skip("an option of transformers 4")
+    own = build_model("qwen3", "sdpa")
+    own.generation_config.repetition_penalty = 1.5
+    config = GenerationConfig(max_new_tokens=NUM_NEW_TOKENS)
+    for use_model_defaults, penalty in ((True, 1.5), (False, 1.0)):
+        ids = generate(PROMPT, config, model=own, use_model_defaults=use_model_defaults, **WINDOW)
+        assert ids.equal(generate(PROMPT, config, model=model, repetition_penalty=penalty, **WINDOW))
