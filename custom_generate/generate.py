@@ -388,8 +388,7 @@ class Probe:
 
     def __init__(self, model: torch.nn.Module, window_length: int):
         self.model, self.name, self.window_length = model, type(model).__name__, window_length
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"SinkCache serves decoder-only models, and {self.name} is an encoder-decoder model.")
+        _check_is_decoder(model)
         self.config = model.config.get_text_config(decoder=True)
         has_chunks = getattr(self.config, "attention_chunk_size", None)  # without layer types, before 4.53
         if has_chunks or "chunked_attention" in (getattr(self.config, "layer_types", None) or ()):
@@ -549,6 +548,11 @@ class Probe:
 
     def _refusal(self, reason: str) -> ValueError:
         return ValueError(f"SinkCache can't keep its rules for {self.name} with window_length={self.window_length}: {reason}.")
+
+
+def _check_is_decoder(model: torch.nn.Module) -> None:
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"SinkCache serves decoder-only models, and {type(model).__name__} is an encoder-decoder model.")
 
 
 # In place of the length of a native window.
@@ -2256,6 +2260,7 @@ def _option(model: torch.nn.Module, kwargs: dict, name: str):
 
 def _check_options(model: torch.nn.Module, kwargs: dict) -> None:
     """Refuse what can't be exact."""
+    _check_is_decoder(model)
     for name, reason in UNSUPPORTED_OPTIONS.items():
         asked = _asked(kwargs, name)
         value = asked if name in CACHE_OPTIONS else _option(model, kwargs, name)

@@ -130,6 +130,7 @@ CACHES = [
     refused(("offloaded_static",), OTHER_CACHE, cache_implementation="offloaded_static"),
     refused(("sliding_window",), OTHER_CACHE, cache_implementation="sliding_window"),
     refused(("hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"), OTHER_CACHE, cache_implementation="hybrid"),
+    refused(("dynamic_full",), OTHER_CACHE, cache_implementation="dynamic_full"),
     refused(("mamba",), OTHER_CACHE, cache_implementation="mamba"),
     refused(("paged",), OTHER_CACHE, cache_implementation="paged"),
     refused(("a cache with tokens in it",), "already holds tokens, and nobody knows their positions", past_key_values="DynamicCache"),

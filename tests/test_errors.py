@@ -285,8 +285,11 @@ def test_encoder_decoder_models():
         d_model=32, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=97, decoder_start_token_id=0
     )
     model = transformers.T5ForConditionalGeneration(config).eval()
+    for inputs in ({}, {"decoder_input_ids": random_ids(2)}, {"attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}):
+        with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+            generate(random_ids(5), model=model, max_new_tokens=3, **inputs, **WINDOW)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        generate(random_ids(5), model=model, max_new_tokens=3, **WINDOW)
+        SinkCache.from_model(model, **WINDOW)
 
 
 @pytest.mark.parametrize(
