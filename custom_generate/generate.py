@@ -30,7 +30,7 @@ import weakref
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, DynamicCache, GenerationMixin, cache_utils
+from transformers import Cache, DynamicCache, GenerationMixin, LogitsProcessor, cache_utils
 from transformers.utils import is_torchdynamo_compiling, logging
 
 logger = logging.get_logger(__name__)
@@ -388,8 +388,7 @@ class Probe:
 
     def __init__(self, model: torch.nn.Module, window_length: int):
         self.model, self.name, self.window_length = model, type(model).__name__, window_length
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"SinkCache serves decoder-only models, and {self.name} is an encoder-decoder model.")
+        _check_is_decoder(model)
         self.config = model.config.get_text_config(decoder=True)
         has_chunks = getattr(self.config, "attention_chunk_size", None)  # without layer types, before 4.53
         if has_chunks or "chunked_attention" in (getattr(self.config, "layer_types", None) or ()):
@@ -549,6 +548,11 @@ class Probe:
 
     def _refusal(self, reason: str) -> ValueError:
         return ValueError(f"SinkCache can't keep its rules for {self.name} with window_length={self.window_length}: {reason}.")
+
+
+def _check_is_decoder(model: torch.nn.Module) -> None:
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"SinkCache serves decoder-only models, and {type(model).__name__} is an encoder-decoder model.")
 
 
 # In place of the length of a native window.
@@ -1347,6 +1351,8 @@ class SinkCache(Cache):
         """What the attention layers call. `[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
         if torch.is_grad_enabled():  # what is held has no history: gradients end here
             key_states, value_states = key_states.detach(), value_states.detach()
+        if not self.layers:
+            self._require_model()
         layer = self.layers[layer_idx]
         if self._is_at_cursor:
             keys, values = layer.group.states
@@ -1783,9 +1789,9 @@ UNSUPPORTED_OPTIONS = {
     "use_mtp": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
     "cache_implementation": 'it would put another cache in the place of SinkCache, but for "static"',
     "cache_config": "it would configure another cache",
+    "max_cache_len": "a SinkCache holds window_length tokens, however long the text gets",
+    "continuous_batching_config": "continuous batching has a paged cache of its own",
     "return_legacy_cache": "tuples of keys and values can't say which of them are sinks",
-    "guidance_scale": "guidance runs a second stream through an unbounded cache of its own",
-    "negative_prompt_ids": "guidance runs a second stream through an unbounded cache of its own",
     "penalty_alpha": "contrastive search feeds candidate tokens that it takes back",
     "dola_layers": "it lives in a custom_generate repository of its own",
     "num_beam_groups": "it lives in a custom_generate repository of its own",
@@ -1794,12 +1800,23 @@ UNSUPPORTED_OPTIONS = {
     "token_healing": "it changes the last token of the prompt",
     "position_ids": "tokens are numbered by the cache",
 }
+# Those that choose a cache. Published generation configs do, and a SinkCache takes its place: only the call itself may not ask for one.
+CACHE_OPTIONS = ("cache_implementation", "cache_config", "max_cache_len", "continuous_batching_config", "return_legacy_cache")
 # What `SinkCache.prepare` brings.
 PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
+# Tensors that `generate` takes: what else comes with each token of a prompt is refused.
+PROMPTS = ("input_ids", "inputs_embeds", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
 # What `generate` makes longer with each token, and the cache has no need of.
 GROWING_INPUTS = ("attention_mask", "position_ids")
 # Values of those options that mean what is done anyway.
-_NEUTRAL_VALUES = {"guidance_scale": (1, 1.0), "num_beam_groups": (1,), "cache_implementation": ("static", "dynamic")}
+_NEUTRAL_VALUES = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+    "cache_implementation": ("static", "dynamic"),
+}
+# Options under which the text is not just continued, token by token, as the second text of guidance would have to follow.
+NOT_WITH_GUIDANCE = ("num_beams", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 @torch.no_grad()
@@ -1831,6 +1848,8 @@ def generate(
             `compile_config` says; elsewhere, compile the model.
         past_key_values: a `SinkCache` to continue, with either the whole history in `input_ids`, or its last `window_length` tokens,
             or only what the cache has not seen: that is `sequences[:, cache.get_seq_length():]` and what comes after it.
+        guidance_scale: as in transformers, with a second cache of the same window for the second text. That one begins anew with each
+            call, with `negative_prompt_ids`; to go on with it, pass the whole of it there.
 
     Raises:
         ValueError: something passed can't be processed exactly. The message names it; the model has not been run, and the cache
@@ -1876,6 +1895,9 @@ def generate(
     )
     num_copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
     unseen = _unseen(prompt, cache, num_copies).to(model.device)
+    negative = Prompt(kwargs.pop("negative_prompt_ids", None), kwargs.pop("negative_prompt_attention_mask", None))
+    guidance = _guidance(model, cache, prompt, negative, option, chunk_size)
+    kwargs.pop("guidance_scale", None)
     cache.bind(model)
     cache.unseen_token_ids = None
 
@@ -1883,8 +1905,10 @@ def generate(
         kwargs["inputs" if inputs_embeds is None else "input_ids"] = History.of(input_ids)
     if generation_config is not None:
         kwargs["generation_config"] = _without_cache_options(generation_config)
+    view = _view(model, cache, unseen, chunk_size)
+    _prepare_processors(view, prompt, num_copies, guidance)
     outputs = type(model).generate(
-        _view(model, cache, unseen, chunk_size),
+        view,
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
         prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
@@ -1959,6 +1983,81 @@ def _feed_all_but_last_chunk(
             return prompt
         chunk, prompt = prompt.split(size)
         as_written(**others | cache.prepare(**chunk.arguments))
+
+
+def _prepare_processors(view: torch.nn.Module, prompt: "Prompt", num_copies: int, guidance: "Guidance | None") -> None:
+    """Guidance comes first; and those that leave out padding (`repetition_penalty`, in late 5.x) are told what is padding."""
+    get_processors = view._get_logits_processor
+
+    @functools.wraps(get_processors)
+    def get_logits_processor(*args, **kwargs):
+        if prompt.mask is not None and prompt.name == "input_ids":
+            mask = prompt.repeat(num_copies).mask[:, -prompt.num_columns :]
+            kwargs["model_kwargs"] = (kwargs.get("model_kwargs") or {}) | {"attention_mask": mask}
+        processors = get_processors(*args, **kwargs)
+        if guidance is not None:
+            processors.insert(0, guidance)
+        return processors
+
+    view._get_logits_processor = get_logits_processor
+
+
+def _guidance(model, cache: SinkCache, prompt: "Prompt", negative: "Prompt", option, chunk_size: int | None) -> "Guidance | None":
+    """What `guidance_scale` asks for.
+
+    Raises:
+        ValueError: the second text can't be processed exactly.
+    """
+    scale = option("guidance_scale")
+    if scale is None or scale == 1:
+        return None
+    if not isinstance(scale, int | float):
+        raise ValueError(f"guidance_scale must be a number, got {scale!r} ({type(scale).__name__}).")
+    for name in NOT_WITH_GUIDANCE:
+        if option(name) not in (None, False, *_NEUTRAL_VALUES.get(name, ())):
+            raise ValueError(
+                f"guidance_scale={scale} can't be used with {name}: the second text would not follow where the first one goes on from "
+                "another beam or takes tokens back. Leave one of them out."
+            )
+    if negative.tokens is None:
+        if prompt.name == "inputs_embeds":
+            raise ValueError(
+                f"guidance_scale={scale} takes the last token of the prompt for its second text, and inputs_embeds have no tokens. Pass "
+                "negative_prompt_ids."
+            )
+    elif not isinstance(negative.tokens, torch.Tensor):
+        raise ValueError(f"negative_prompt_ids must be a Tensor, got {negative.tokens!r:.50} ({type(negative.tokens).__name__}).")
+    elif len(negative.tokens) != len(prompt.tokens):
+        raise ValueError(
+            f"negative_prompt_ids has {len(negative.tokens)} rows, and the prompt has {len(prompt.tokens)}. Pass one for each."
+        )
+    second = SinkCache(cache.window_length, cache.num_sink_tokens, static=cache.is_static)
+    negative = None if negative.tokens is None else _unseen(negative, second, 1).to(model.device)
+    second.bind(model)
+    return Guidance(model, second, scale, negative, chunk_size)
+
+
+class Guidance(LogitsProcessor):
+    """Classifier-free guidance (https://arxiv.org/abs/2306.17806) away from a second text: a negative prompt, or the last token of
+    the prompt, and then what is generated.
+
+    That of transformers lets the cache of the second text grow. Here it is a `SinkCache`, with the window of the first.
+    """
+
+    def __init__(self, model: torch.nn.Module, cache: SinkCache, scale: float, prompt: "Prompt | None", chunk_size: int | None):
+        self.model, self.cache, self.scale, self.prompt, self.chunk_size = model, cache, scale, prompt, chunk_size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores `[rows, vocab]` in, log-probabilities out."""
+        others = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        new = Prompt(input_ids[:, -1:].to(self.model.device), None)
+        if not self.cache.is_initialized:
+            prompt = self.prompt or new
+            prompt = prompt.repeat(len(input_ids) // len(prompt.tokens))
+            new = _feed_all_but_last_chunk(self.model, self.cache, prompt, self.chunk_size, others)
+        logits = self.model(**others | self.cache.prepare(**new.arguments)).logits[:, -1]
+        negative = logits.to(scores).log_softmax(-1)
+        return negative + self.scale * (scores.log_softmax(-1) - negative)
 
 
 class History(torch.Tensor):
@@ -2160,16 +2259,19 @@ def _option(model: torch.nn.Module, kwargs: dict, name: str):
 
 
 def _check_options(model: torch.nn.Module, kwargs: dict) -> None:
-    """Refuse what can't be exact. Only what the call itself asks for: a model's own generation config may name another cache."""
+    """Refuse what can't be exact."""
+    _check_is_decoder(model)
     for name, reason in UNSUPPORTED_OPTIONS.items():
-        value = _asked(kwargs, name)
+        asked = _asked(kwargs, name)
+        value = asked if name in CACHE_OPTIONS else _option(model, kwargs, name)
         if value is not None and value is not False and value not in _NEUTRAL_VALUES.get(name, ()):
             shown = type(value).__name__ if hasattr(value, "__dict__") or isinstance(value, torch.Tensor) else repr(value)
-            raise ValueError(f"{name}={shown} can't be used with SinkCache: {reason}. Leave it out.")
+            what_to_do = "Leave it out" if asked is not None else "It stands in model.generation_config: set it to None there"
+            raise ValueError(f"{name}={shown} can't be used with SinkCache: {reason}. {what_to_do}.")
     if _asked(kwargs, "use_cache") is False:
         raise ValueError("use_cache=False can't be used with SinkCache: without a cache there is nothing to bound. Leave it out.")
     for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and name not in ("input_ids", "inputs_embeds", "attention_mask"):
+        if isinstance(value, torch.Tensor) and name not in PROMPTS:
             raise ValueError(
                 f"{name} can't be used with SinkCache: it can't be split over the passes in which a prompt is fed. Leave it out."
             )
@@ -2200,8 +2302,8 @@ def _is_sink_cache(cache) -> bool:
 
 
 def _without_cache_options(generation_config):
-    """A copy that leaves the choice of the cache and the feeding of the prompt to us."""
+    """A copy that leaves the choice of the cache, the feeding of the prompt and guidance to us."""
     generation_config = copy.deepcopy(generation_config)
-    generation_config.cache_implementation = None
-    generation_config.prefill_chunk_size = None
+    for name in ("cache_implementation", "cache_config", "prefill_chunk_size", "guidance_scale"):
+        setattr(generation_config, name, None)
     return generation_config

@@ -1,6 +1,7 @@
-"""What the scripts share: where the repository is, and how they load a model and this repository's code."""
+"""What the scripts share: where the repository is, how they load a model and this repository's code, and their blocks in the README."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 sys.path.insert(0, str(ROOT / "custom_generate"))
 
 from generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH  # noqa: E402
@@ -36,12 +38,35 @@ def load_model(args: argparse.Namespace):
     return load_weights(args), AutoTokenizer.from_pretrained(args.model)
 
 
+def _split_readme(name: str) -> list[str]:
+    """The README before, in and after the block between `<!-- name: begin -->` and `<!-- name: end -->`."""
+    parts = re.split(
+        rf"(?<=<!-- {name}: begin -->\n)(.*)(?=\n<!-- {name}: end -->)", README.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    if len(parts) != 3:
+        sys.exit(f"README.md has no block <!-- {name}: begin --> ... <!-- {name}: end -->: nothing was read or written.")
+    return parts
+
+
+def readme_block(name: str) -> str:
+    """What the block of that name in the README says."""
+    return _split_readme(name)[1]
+
+
+def write_readme_block(name: str, text: str) -> None:
+    before, _, after = _split_readme(name)
+    README.write_text(before + text + after, encoding="utf-8")
+
+
 __all__ = [
     "DEFAULT_NUM_SINK_TOKENS",
     "DEFAULT_WINDOW_LENGTH",
     "DTYPES",
+    "README",
     "ROOT",
     "add_model_arguments",
     "load_model",
     "load_weights",
+    "readme_block",
+    "write_readme_block",
 ]

@@ -9,13 +9,12 @@ the way in which it moves its keys. That what is accepted is exact is what `test
 
 import argparse
 import json
-import re
 import sys
 import warnings
 
 import torch
 import transformers
-from common import ROOT
+from common import ROOT, readme_block, write_readme_block
 from generate import Rotation, SinkCache
 from tqdm import tqdm
 
@@ -23,7 +22,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from zoo import LEFT_OUT, ZOO_TYPES, build_zoo_model  # noqa: E402
 
-BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
 
 
@@ -131,14 +129,11 @@ def main() -> None:
     torch.set_num_threads(1)
 
     found = verdicts()
-    new = f"{BEGIN}\n{table(found)}\n{END}"
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
-    old = re.search(f"{BEGIN}.*{END}", readme, re.DOTALL).group()
-    if args.write:
-        path.write_text(readme.replace(old, new), encoding="utf-8")
-    if args.check and old != new:
+    new = table(found)
+    if args.check and readme_block("compatibility") != new:
         sys.exit("The table in README.md is not what is found here. Run scripts/compatibility.py --write.")
+    if args.write:
+        write_readme_block("compatibility", new)
     print(new)
     counts = {verdict: sum(entry["verdict"] == verdict for entry in found) for verdict in ("exact", "refused", "left out")}
     print(json.dumps({"transformers": transformers.__version__, **counts}))

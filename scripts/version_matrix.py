@@ -23,10 +23,10 @@ import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common import ROOT, write_readme_block
 from packaging.version import Version
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "results" / "releases.csv"
 COLUMNS = ("release", "python", "torch", "huggingface_hub", "passed", "skipped", "failed", "seconds")
 OLDEST = re.search(r"transformers>=([\d.]+)", (ROOT / "custom_generate" / "requirements.txt").read_text()).group(1)
@@ -35,7 +35,6 @@ TESTS = tuple(f"tests/test_{name}.py" for name in ("families", "invariants", "ca
 END_TO_END = ("tests/test_loading.py", "tests/test_publish.py", "tests/test_static.py")
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "-m", "not also_eager")
 SHARED_PACKAGES = ("pytest>=8", "hypothesis")
-README_BLOCK = re.compile(r"(?<=<!-- releases: begin -->\n).*?(?=<!-- releases: end -->)", re.DOTALL)
 
 
 def run(*command: str | Path, **kwargs) -> subprocess.CompletedProcess:
@@ -130,15 +129,7 @@ def row_key(row: dict) -> tuple:
 
 def markdown_table(rows: list[dict]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    return "\n".join(lines + [f"| {' | '.join(str(row[name]) for name in COLUMNS)} |" for row in rows]) + "\n"
-
-
-def write_readme() -> None:
-    readme = ROOT / "README.md"
-    text, num_blocks = README_BLOCK.subn(lambda _: markdown_table(read_table()), readme.read_text(encoding="utf-8"))
-    if num_blocks != 1:
-        sys.exit("README.md has no block <!-- releases: begin --> ... <!-- releases: end -->: nothing was written.")
-    readme.write_text(text, encoding="utf-8")
+    return "\n".join(lines + [f"| {' | '.join(str(row[name]) for name in COLUMNS)} |" for row in rows])
 
 
 def main() -> None:
@@ -160,7 +151,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table into the README, and run nothing")
     args = parser.parse_args()
     if args.write:
-        write_readme()
+        write_readme_block("releases", markdown_table(read_table()))
         return
 
     tests = [*args.tests, *(END_TO_END if args.end_to_end else ())]

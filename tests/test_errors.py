@@ -9,7 +9,7 @@ import torch
 import transformers
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, random_ids
 from families import TRANSFORMERS, build_model
-from generate import UNSUPPORTED_OPTIONS, SinkCache, generate
+from generate import CACHE_OPTIONS, UNSUPPORTED_OPTIONS, SinkCache, generate
 from packaging import version
 from transformers import AutoModelForCausalLM, DynamicCache
 from zoo import ZOO_RELEASE, zoo_config
@@ -58,30 +58,58 @@ def test_numbers_that_make_no_window(untouched, numbers, message):
             call()
 
 
+def plausible_value(name: str, model):
+    special = {"assistant_model": model, "cache_implementation": "quantized", "position_ids": torch.arange(5)[None]}
+    return special.get(name, 2)
+
+
 @pytest.mark.parametrize("name", UNSUPPORTED_OPTIONS)
 def test_options_that_are_not_supported(untouched, name):
-    value = {"assistant_model": untouched, "cache_implementation": "quantized", "position_ids": torch.arange(5)[None]}.get(
-        name, 2
-    )
+    value = plausible_value(name, untouched)
     with pytest.raises(ValueError, match=f"{name}=.*{UNSUPPORTED_OPTIONS[name][:20]}.*Leave it out"):
         generate(random_ids(5), model=untouched, **{name: value}, **WINDOW)
-    if name not in ("assistant_model", "negative_prompt_ids", "position_ids"):
+    if name not in ("assistant_model", "position_ids"):
         config = transformers.GenerationConfig()
         setattr(config, name, value)
         with pytest.raises(ValueError, match=f"{name}="):
             generate(random_ids(5), config, model=untouched, **WINDOW)
 
 
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED_OPTIONS.keys() - {*CACHE_OPTIONS, "assistant_model", "position_ids"}))
+def test_options_that_are_not_supported_and_that_the_model_brings(untouched, monkeypatch, name):
+    """A mode of decoding in the model's own generation config would run, or fail in the middle."""
+    monkeypatch.setattr(untouched.generation_config, name, 2, raising=False)
+    with pytest.raises(ValueError, match=f"{name}=2 can't be used.*set it to None there"):
+        generate(random_ids(5), model=untouched, **WINDOW)
+
+
 def test_options_at_their_neutral_values_are_fine(model):
-    generate(random_ids(5), model=model, guidance_scale=1.0, num_beam_groups=1, token_healing=False, max_new_tokens=2, **WINDOW)
+    generate(
+        random_ids(5),
+        model=model,
+        guidance_scale=1.0,
+        num_beam_groups=1,
+        penalty_alpha=0.0,
+        token_healing=False,
+        max_new_tokens=2,
+        **WINDOW,
+    )
 
 
 def test_a_cache_implementation_that_the_model_brings_is_ignored(model):
     """Published generation configs name one (Gemma: "hybrid"); that is no wish of the caller."""
     own = copy.deepcopy(model)
-    own.generation_config.cache_implementation = "static"
-    generate(random_ids(5), model=own, max_new_tokens=2, **WINDOW)
-    assert own.generation_config.cache_implementation == "static"
+    brought = {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "quanto"},
+        "max_cache_len": 10,
+        "use_cache": False,
+    }
+    for name, value in brought.items():
+        setattr(own.generation_config, name, value)
+    ids = generate(random_ids(5), model=own, max_new_tokens=40, do_sample=False, **WINDOW)
+    assert ids.equal(generate(random_ids(5), model=model, max_new_tokens=40, do_sample=False, **WINDOW))
+    assert {name: getattr(own.generation_config, name) for name in brought} == brought
 
 
 def test_no_cache(untouched):
@@ -257,8 +285,11 @@ def test_encoder_decoder_models():
         d_model=32, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=97, decoder_start_token_id=0
     )
     model = transformers.T5ForConditionalGeneration(config).eval()
+    for inputs in ({}, {"decoder_input_ids": random_ids(2)}, {"attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}):
+        with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+            generate(random_ids(5), model=model, max_new_tokens=3, **inputs, **WINDOW)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        generate(random_ids(5), model=model, max_new_tokens=3, **WINDOW)
+        SinkCache.from_model(model, **WINDOW)
 
 
 @pytest.mark.parametrize(

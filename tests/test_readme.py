@@ -357,5 +357,5 @@ def test_figures_are_small_and_legible_on_any_background(alt, path):
 
 
 def test_tables_written_by_scripts_have_their_place():
-    for name in ("releases", "compatibility"):
+    for name in ("releases", "compatibility", "works-with"):
         assert README.count(f"<!-- {name}: begin -->") == README.count(f"<!-- {name}: end -->") == 1

@@ -1,0 +1,219 @@
+"""The tables *Works with* of the README: every option of `generate`, every cache of transformers, every attention implementation.
+
+What is refused comes from `generate.py` itself, with its reason. What works is listed here, with the test that shows it. To let something
+work, take it out of `UNSUPPORTED_OPTIONS` there and add a line here. `tests/test_works_with.py` sees to it that no option is missing, that
+the tests exist, and that what is said to be refused is.
+
+    python scripts/works_with.py --check      exits with 1 if the tables in the README are not these
+    python scripts/works_with.py --write      puts them into the README
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+
+from common import readme_block, write_readme_block
+from generate import SUPPORTED_ATTENTION, UNSUPPORTED_OPTIONS
+
+VERDICTS = WORKS, NO_EFFECT, REFUSED, NOT_TRIED = "works", "no effect", "refused", "not tried"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        names: what it is about. In the table of options: their names.
+        verdict: one of the four words above.
+        note: the reason, or what to know.
+        test: `file::function` that shows that it works.
+        trial: what shows that it is refused or has no effect, each by itself: arguments of `generate`, or, under `model` and
+            `attn_implementation`, another model or another attention.
+    """
+
+    names: tuple[str, ...]
+    verdict: str
+    note: str = ""
+    test: str = ""
+    trial: dict = field(default_factory=dict)
+
+
+def works(names: str, test: str, note: str = "") -> Row:
+    return Row(tuple(names.split()), WORKS, note, test)
+
+
+def not_tried(names: str, note: str = "") -> Row:
+    return Row(tuple(names.split()), NOT_TRIED, note)
+
+
+def no_effect(note: str, **trial) -> Row:
+    return Row(tuple(trial), NO_EFFECT, note, trial=trial)
+
+
+def refused(names: tuple[str, ...], reason: str, **trial) -> Row:
+    return Row(names, REFUSED, reason, trial=trial)
+
+
+PROCESSORS = "test_modes.py::test_an_option_makes_of_the_logits_what_it_stands_for"
+GUIDANCE = "test_modes.py::test_guidance_follows_both_oracles"
+SHAPES = "test_modes.py::test_shapes_of_what_is_recorded_past_the_window"
+LENGTHS = "test_modes.py::test_lengths_count_what_transformers_counts"
+
+OPTIONS = [
+    works("inputs input_ids attention_mask", "test_generate.py::test_left_padded_prompts_of_very_different_lengths", "padding on the left"),
+    works("inputs_embeds", "test_generate.py::test_embeddings_in_place_of_ids"),
+    works("bos_token_id", "test_modes.py::test_bos_token_id_in_place_of_a_prompt", "in place of a prompt"),
+    works("past_key_values", "test_generate.py::test_several_turns_with_one_cache", "a `SinkCache` to continue"),
+    works("generation_config", "test_modes.py::test_a_generation_config_says_the_same_as_arguments"),
+    works("max_length max_new_tokens", LENGTHS, "of the text, not of the window"),
+    works("min_length min_new_tokens", PROCESSORS),
+    works("max_time", "test_modes.py::test_time_that_is_up"),
+    works("stop_strings tokenizer", "test_modes.py::test_stop_strings_and_streamers_past_the_window"),
+    works("eos_token_id pad_token_id", "test_generate.py::test_eos_in_one_row_before_the_others", "one or several"),
+    works("do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff", PROCESSORS),
+    works("repetition_penalty no_repeat_ngram_size", PROCESSORS, "look at the whole text, evicted or not"),
+    works("encoder_repetition_penalty encoder_no_repeat_ngram_size", PROCESSORS, "look at the prompt"),
+    works("bad_words_ids sequence_bias suppress_tokens begin_suppress_tokens", PROCESSORS),
+    works("forced_bos_token_id", "test_modes.py::test_forced_bos_token_id"),
+    works("forced_eos_token_id exponential_decay_length_penalty", PROCESSORS),
+    works("remove_invalid_values renormalize_logits watermarking_config", PROCESSORS, "SynthID too"),
+    works("prefix_allowed_tokens_fn", PROCESSORS),
+    works("logits_processor stopping_criteria", "test_generate.py::test_streamers_criteria_and_processors_are_called_as_in_transformers"),
+    works("streamer", "test_modes.py::test_stop_strings_and_streamers_past_the_window"),
+    works(
+        "guidance_scale negative_prompt_ids negative_prompt_attention_mask",
+        GUIDANCE,
+        "the second text has a window of its own, and begins anew with each call; not with beams or assisted decoding",
+    ),
+    works("num_return_sequences", "test_generate.py::test_several_return_sequences_past_the_window_each_follow_the_rules"),
+    works("num_beams", "test_generate.py::test_beams_past_the_window_equal_beams_without_a_cache"),
+    not_tried("early_stopping length_penalty", "with beams, past the window"),
+    works("return_dict_in_generate output_logits output_scores", PROCESSORS),
+    works("output_attentions output_hidden_states", SHAPES, "see *Output Type changes*"),
+    works("prefill_chunk_size", "test_generate.py::test_the_chunk_length_does_not_change_the_logits"),
+    works("compile_config", "test_static.py::test_generate_compiles_once", 'with `cache_implementation="static"`'),
+    works("use_model_defaults", "test_modes.py::test_defaults_of_the_model", "transformers 4"),
+    works("custom_generate trust_remote_code", "test_loading.py::test_every_way_in_gives_the_same_text", "and what goes with them: `revision`, `token`, ..."),
+    refused(("use_cache=False",), "without a cache there is nothing to bound", use_cache=False),
+    refused(("token_type_ids", "other tensors"), "it can't be split over the passes", token_type_ids=[[0] * 5]),
+    no_effect(
+        "for assisted decoding",
+        num_assistant_tokens=3,
+        num_assistant_tokens_schedule="constant",
+        assistant_confidence_threshold=0.3,
+        assistant_lookbehind=3,
+        target_lookbehind=3,
+        assistant_ensemble_weight=0.5,
+        max_matching_ngram_size=3,
+        speculation_type="dflash",
+        assistant_tokenizer="any",
+    ),
+    no_effect("set by transformers on an assistant; fails without one, as in transformers", is_assistant=True),
+    no_effect("for `num_beam_groups`", diversity_penalty=0.5),
+    no_effect("for encoder-decoder models", decoder_start_token_id=3, forced_decoder_ids=[[1, 2]], generation_kwargs={"a": 1}),
+    no_effect("transformers has dropped it", low_memory=True),
+    no_effect('without `cache_implementation="static"`', disable_compile=True),
+    not_tried("synced_gpus", "several processes"),
+    no_effect("only the last logits are computed anyway", logits_to_keep=3),
+    no_effect("says which release wrote the config", transformers_version="4.52.0"),
+]  # fmt: skip
+
+
+OTHER_CACHE = UNSUPPORTED_OPTIONS["cache_implementation"]
+
+CACHES = [
+    works("dynamic", "test_errors.py::test_a_cache_of_another_class", "also an empty `DynamicCache`: a `SinkCache` takes its place"),
+    works("static", "test_static.py::test_generate_compiles_once", "a `SinkCache` whose buffers never move, for compiled models"),
+    refused(("quantized",), OTHER_CACHE, cache_implementation="quantized"),
+    refused(("offloaded",), OTHER_CACHE, cache_implementation="offloaded"),
+    refused(("offloaded_static",), OTHER_CACHE, cache_implementation="offloaded_static"),
+    refused(("sliding_window",), OTHER_CACHE, cache_implementation="sliding_window"),
+    refused(("hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"), OTHER_CACHE, cache_implementation="hybrid"),
+    refused(("dynamic_full",), OTHER_CACHE, cache_implementation="dynamic_full"),
+    refused(("mamba",), OTHER_CACHE, cache_implementation="mamba"),
+    refused(("paged",), OTHER_CACHE, cache_implementation="paged"),
+    refused(("a cache with tokens in it",), "already holds tokens, and nobody knows their positions", past_key_values="DynamicCache"),
+    Row(("layers with a sliding window",), WORKS, "see *Model compatibility*", "test_families.py::test_logits_equal_the_oracle_however_the_tokens_are_fed"),
+    Row(("recurrent states beside attention",), WORKS, "see *Model compatibility*", "test_zoo.py::test_exact_or_refused"),
+    refused(("recurrent states alone",), "attention layers do not put their keys and values into its cache", model="mamba"),
+    refused(("encoder-decoder",), "SinkCache serves decoder-only models", model="t5"),
+]  # fmt: skip
+
+OTHER_MASKS = f"SinkCache makes masks for {' and '.join(SUPPORTED_ATTENTION)} attention"
+
+ATTENTION = [
+    *(works(name, "test_families.py::test_logits_equal_the_oracle_however_the_tokens_are_fed") for name in SUPPORTED_ATTENTION),
+    *(
+        refused((name,), OTHER_MASKS, attn_implementation=name)
+        for name in ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "paged|eager")
+        if name not in SUPPORTED_ATTENTION
+    ),
+]
+
+AROUND = [
+    Row(("padded batches",), WORKS, "on the left", "test_generate.py::test_left_padded_prompts_of_very_different_lengths"),
+    Row(("several calls, chats",), WORKS, "", "test_generate.py::test_several_turns_with_one_cache"),
+    Row(("`pipeline`",), WORKS, "", "test_loading.py::test_pipeline"),
+    Row(("`transformers serve`, `transformers chat`",), WORKS, "", "test_readme.py::test_a_chat_with_the_server_is_answered_from_the_window"),
+    Row(("`torch.compile`",), WORKS, "the static mode", "test_static.py::test_a_model_that_the_user_compiled"),
+    Row(("a copy of a cache",), WORKS, "`copy.deepcopy`", "test_cache.py::test_a_deep_copy_goes_on_by_itself"),
+    Row(("saving and loading a cache",), NOT_TRIED),
+    Row(("several threads",), NOT_TRIED),
+    Row(("PEFT",), NOT_TRIED),
+    Row(("`device_map`, tensor parallel",), NOT_TRIED),
+]  # fmt: skip
+
+OPTION = "option of `generate`"
+TABLES = {OPTION: OPTIONS, "cache": CACHES, "attention": ATTENTION, "beside these": AROUND}
+
+
+def unsupported() -> list[Row]:
+    """What `generate` refuses by name: one row for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in UNSUPPORTED_OPTIONS.items():
+        names.setdefault(reason, []).append(name)
+    return [refused(tuple(group), reason, **dict.fromkeys(group, 2)) for reason, group in names.items()]
+
+
+def rows(head: str) -> list[Row]:
+    """Those of one table: what works, what has no effect, what is refused, what was not tried."""
+    found = TABLES[head] + (unsupported() if head == OPTION else [])
+    return sorted(found, key=lambda row: VERDICTS.index(row.verdict))
+
+
+def tables() -> str:
+    """Markdown. What is refused for the same reason shares a line."""
+    lines = []
+    for head in TABLES:
+        shown: dict[tuple, list[str]] = {}
+        for number, row in enumerate(rows(head)):
+            in_code = head in (OPTION, "attention")
+            names = [f"`{name}`" if in_code and " " not in name else name for name in row.names]
+            shown.setdefault((row.verdict, row.note, None if row.verdict == REFUSED else number), []).extend(names)
+        lines += [f"| {head} | | |", "|---|---|---|"]
+        lines += [
+            f"| {', '.join(names)} | {verdict} | {note} |".replace("|eager", "\\|eager")
+            for (verdict, note, _), names in shown.items()
+        ]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if the README says something else")
+    parser.add_argument("--write", action="store_true", help="write the tables into the README")
+    args = parser.parse_args()
+    text = tables()
+    if args.write:
+        write_readme_block("works-with", text)
+    if args.check and readme_block("works-with") != text:
+        sys.exit("The tables in README.md are not those of scripts/works_with.py. Run it with --write.")
+    print(text)
+    every = [row for head in TABLES for row in rows(head)]
+    print(json.dumps({verdict: sum(len(row.names) for row in every if row.verdict == verdict) for verdict in VERDICTS}))
+
+
+if __name__ == "__main__":
+    main()
