@@ -25,9 +25,11 @@ Nothing here opens a file or a connection, changes anything global, or leaves an
 import contextlib
 import copy
 import functools
+import importlib
 import inspect
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import Cache, DynamicCache, GenerationMixin, LogitsProcessor, cache_utils
@@ -633,6 +635,7 @@ class Step:
         self.num_columns = num_columns
         self.is_uniform = len(num_seen) == 1
         num_after = [seen + new for seen, new in zip(num_seen, num_new)]
+        self.num_before, self.num_after = num_seen, num_after
         self.num_held = min(max(num_after), window.length)
         self.recent_before = slice(window.num_sinks, max(min(max(num_seen), window.length), window.num_sinks))
         self.hands_out_slots = num_columns == 1 or max(num_after) <= window.length
@@ -836,6 +839,20 @@ class States:
     def num_bytes(self) -> int:
         return _num_bytes(*self.slots, *vars(self).values())
 
+    @property
+    def num_bytes_on_host(self) -> int:
+        """Those of `num_bytes` that are offloaded."""
+        return 0
+
+    @property
+    def num_intact(self) -> int:
+        """A text of so many tokens has lost nothing that is needed if the last ones are taken back."""
+        return self.window.length
+
+    def can_undo(self, step: Step) -> bool:
+        """Whether the tokens of a recorded pass can be taken back, some or all."""
+        return step.can_be_undone
+
     def begin(self, step: Step, is_recording: bool, at_cursor: bool) -> None:
         """Before a pass: make room, and bring the sinks to where its queries need them, or say where (at the cursor)."""
         self.step = step
@@ -981,11 +998,482 @@ class States:
         return torch.addcmul(sinks[0] * turn[0], sinks[1], turn[1]).to(self.slots[0].dtype)
 
 
+class StoredStates(States):
+    """States that are kept elsewhere than where attention reads them: of each layer, `slots` are those of the sinks and no more.
+
+    For its pass a layer gets slots that are let go afterwards. `_fetch` makes of what is kept what they held before the pass, and
+    `_store` keeps what the pass brought. All else, what a pass sees and how sinks move, is as for states that stay in their slots.
+
+    Attributes:
+        turned: the name of what holds states as they came, `[layers, batch, heads, ...]`: turned back when positions are lowered.
+    """
+
+    turned: str
+
+    def __init__(self, window: Window, shape: tuple[int, ...], rotation: Rotation, dtype: torch.dtype, device: torch.device):
+        super().__init__(window, shape, rotation, dtype, device)
+        self.slots = [held.new_zeros(*held.shape[:2], window.num_sinks, held.shape[3]) for held in self.slots]
+        self._look_at_sinks()
+
+    def update(self, index: int, new: torch.Tensor) -> torch.Tensor:
+        sinks = self.slots[index]
+        try:
+            self.slots[index] = torch.cat([sinks, self._fetch(index)], dim=2)
+            handed_out = super().update(index, new)
+            if self.step.writes_sinks:
+                sinks.copy_(self.slots[index][:, :, : self.window.num_sinks])
+        finally:
+            self.slots[index] = sinks
+        self._store(index, new)
+        return handed_out
+
+    def _fetch(self, index: int) -> torch.Tensor:
+        """What the slots behind the sinks hold before the pass, all that it needs: `[batch, heads, num_slots, head_dim]`."""
+        raise NotImplementedError
+
+    def _store(self, index: int, new: torch.Tensor) -> None:
+        """Keep the new states of one layer, `[batch, heads, num_columns, head_dim]`, but for those of sinks."""
+        raise NotImplementedError
+
+    def _reserve(self, num_slots: int) -> None:
+        """Sinks have their room from the start."""
+
+    def _remember(self, rows: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor, *names: str) -> None:
+        """Log what a pass will overwrite in tensors `[layers, batch, heads, slots, ...]`, to be put back if these tokens are undone."""
+        self.log.append((rows, slots, tokens, {name: getattr(self, name)[:, rows, :, slots] for name in names}))
+
+    def undo(self, num_tokens: list[int]) -> None:
+        for rows, slots, tokens, overwritten in reversed(self.log):
+            first = torch.tensor(num_tokens, device=tokens.device)
+            undone = tokens >= (first if len(first) == 1 else first[rows])
+            for name, old in overwritten.items():
+                getattr(self, name)[:, rows[undone], :, slots[undone]] = old[undone]
+
+    def move_back(self, num_positions: list[int]) -> None:
+        if self.rotation.is_identity:
+            return
+        device = self.slots[0].device
+        start = torch.tensor(num_positions, device=device)[:, None, None]
+        angles = self.rotation.angles(start, torch.zeros_like(start))  # [rows, 1, 1, head_dim]
+        for held in getattr(self, self.turned):
+            held.copy_(self.rotation.turn(held.to(device), angles))
+        for rows, _, _, overwritten in self.log:
+            old = overwritten.get(self.turned)
+            if old is not None:  # [entries, layers, heads, head_dim]
+                old.copy_(self.rotation.turn(old.to(device), angles if len(angles) == 1 else angles[rows]))
+
+
+class QuantizedStates(StoredStates):
+    """States of which only the most recent are kept as they came, and older ones quantized, in blocks of `q_group_size` tokens.
+
+    A block is quantized once, by the pass after which `residual_length` tokens have come since its last one, and with the positions that
+    its keys have then. If positions are lowered later, it is turned when it is read. So a pass sees the tokens that it brings, and at
+    least the `residual_length` before them, as they came.
+
+    Number the tokens behind the sinks 0, 1, 2, ...: token t is in slot t mod `num_whole` of the whole ones, or in block
+    t // `q_group_size`, which is in slot block mod `num_blocks`. Together there is room for less than two blocks more than the window.
+
+    Attributes:
+        whole: `[layers, batch, heads, num_whole, head_dim]`.
+        codes, scales, offsets: `[layers, batch, heads, num_blocks, ...]`, as `Quantization.quantize` makes them.
+        moved: int64 `[batch]`, by how much the positions of each row have been lowered so far.
+        moved_at: int64 `[1, batch, 1, num_blocks]`, by how much they had been when each block was quantized.
+    """
+
+    turned = "whole"
+
+    def __init__(self, *arguments, quantization: "Quantization", by_channel: bool):
+        super().__init__(*arguments)
+        self.quantization, self.by_channel = quantization, by_channel
+        self.block_length, self.residual_length = quantization.q_group_size, quantization.residual_length
+        self.num_whole = self.residual_length + self.block_length
+        self.num_blocks = -(-(self.window.num_recent - self.residual_length) // self.block_length)
+        sinks = self.slots[0]
+        batch_size, num_heads, _, head_dim = sinks.shape
+        shape = len(self.slots), batch_size, num_heads
+        self.whole = sinks.new_zeros(*shape, self.num_whole, head_dim)
+        self.codes = sinks.new_zeros(*shape, 0, head_dim, quantization.num_bytes, dtype=torch.uint8)
+        self.scales = sinks.new_zeros(*shape, 0, head_dim, 1)
+        self.offsets = sinks.new_zeros(*shape, 0, head_dim, quantization.has_offsets)
+        self.moved = torch.zeros(batch_size, dtype=torch.long, device=sinks.device)
+        self.moved_at = self.moved[None, :, None, None][..., :0]
+        self._turns_until = -1  # as long as no more tokens have been seen, there may be blocks to be turned
+
+    @property
+    def num_intact(self) -> int:
+        return self.window.num_sinks + self.num_whole
+
+    def can_undo(self, step: Step) -> bool:
+        """Not if the pass has quantized tokens that it brought: some of them may have to be whole again."""
+        is_short = step.num_columns <= max(self.residual_length, 1) or max(step.num_after) <= self.num_intact
+        return super().can_undo(step) and is_short
+
+    def begin(self, step: Step, is_recording: bool, at_cursor: bool) -> None:
+        super().begin(step, False, at_cursor)
+        self._make_room(min(self._num_quantized(max(step.num_after)), self.num_blocks))
+        self._locate(step)
+        if is_recording:
+            self._remember(*self._new_whole[:3], "whole")
+            self._remember(*self._new_blocks[:3], "codes", "scales", "offsets", "moved_at")
+        rows, slots = self._new_blocks[:2]
+        self.moved_at[:, rows, :, slots] = self.moved[rows, None, None]
+        self._angles, num_seen = None, max(step.num_before)
+        self._turns_until = min(self._turns_until, num_seen + self.window.length)
+        if num_seen <= self._turns_until:
+            back = self.moved[:, None, None] - self.moved_at[0]
+            self._angles = self.rotation.angles(back, torch.zeros_like(back))[..., None, :]  # [batch, 1, num_blocks, 1, head_dim]
+
+    def _num_quantized(self, num_seen: int) -> int:
+        """Blocks that are quantized of a text of so many tokens, held or evicted."""
+        return max(0, num_seen - self.window.num_sinks - self.residual_length) // self.block_length
+
+    def _make_room(self, num_blocks: int) -> None:
+        """At least doubling it each time."""
+        capacity = self.codes.shape[3]
+        if num_blocks > capacity:
+            num_more = min(max(num_blocks, 2 * capacity), self.num_blocks) - capacity
+            for name in ("codes", "scales", "offsets", "moved_at"):
+                kept = getattr(self, name)
+                setattr(self, name, torch.cat([kept, kept.new_zeros(*kept.shape[:3], num_more, *kept.shape[4:])], dim=3))
+
+    def _locate(self, step: Step) -> None:
+        """Where the slots of a pass come from, which of the new tokens stay whole, and which blocks are quantized of what."""
+        num_sinks, length, device = self.window.num_sinks, self.block_length, self.whole.device
+        num_seen = torch.tensor(step.num_before, device=device)[:, None]
+        token = self.window.token(torch.arange(num_sinks, max(step.num_held, num_sinks), device=device), num_seen) - num_sinks
+        first_whole = (num_seen - num_sinks - self.residual_length).clamp(min=0) // length * length
+        in_block = token // length % self.num_blocks * length + token % length
+        in_whole = self.codes.shape[3] * length + token % self.num_whole
+        self._sources = torch.where(
+            token < first_whole, in_block, in_whole
+        )  # [rows, slots], of all blocks and then the whole ones
+
+        whole, blocks = [], []
+        rows = list(zip(step.num_before, step.num_after)) * (len(self.slots[0]) // len(step.num_before))
+        for row, (before, after) in enumerate(rows):
+            first_block, end_block = self._num_quantized(before), self._num_quantized(after)
+            before, after = before - num_sinks, after - num_sinks
+            column = step.num_columns - after  # of token 0
+            for token in range(max(before, end_block * length, 0), after):
+                whole.append([row, token % self.num_whole, token + num_sinks, token + column])
+            for block in range(max(first_block, end_block - self.num_blocks), end_block):
+                tokens = range(block * length, (block + 1) * length)
+                places = [token % self.num_whole if token < before else self.num_whole + token + column for token in tokens]
+                blocks.append([row, block % self.num_blocks, tokens.stop - 1 + self.residual_length + num_sinks, *places])
+        # One line each: rows, slots and the tokens with which they are written. Then the columns they come from, or where the states of
+        # a block are: among the whole ones and then the columns.
+        self._new_whole = torch.tensor(whole, dtype=torch.long).view(-1, 4).T.to(device)
+        self._new_blocks = torch.tensor(blocks, dtype=torch.long).view(-1, 3 + length).T.to(device)
+
+    def _fetch(self, index: int) -> torch.Tensor:
+        blocks = self.quantization.dequantize(self.codes[index], self.scales[index], self.offsets[index], self.by_channel)
+        if self._angles is not None:
+            blocks = self.rotation.turn(blocks, self._angles)
+        return _take_slots(torch.cat([blocks.flatten(2, 3), self.whole[index]], dim=2), self._sources)
+
+    def _store(self, index: int, new: torch.Tensor) -> None:
+        rows, slots, places = self._new_blocks[0], self._new_blocks[1], self._new_blocks[3:]
+        if len(rows):
+            states = torch.cat([self.whole[index], new], dim=2)[rows[:, None], :, places.T].transpose(1, 2)
+            parts = self.quantization.quantize(states, self.by_channel)
+            for kept, part in zip((self.codes, self.scales, self.offsets), parts):
+                kept[index][rows, :, slots] = part
+        rows, slots, _, columns = self._new_whole
+        self.whole[index][rows, :, slots] = new[rows, :, columns]
+
+    def move_back(self, num_positions: list[int]) -> None:
+        super().move_back(num_positions)
+        if not self.rotation.is_identity:
+            self.moved += torch.tensor(num_positions, device=self.moved.device)
+            self._turns_until = float("inf")  # made a number when the pass begins
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        super().select_rows(index)
+        index = index.to(self.moved.device)
+        self.moved = _selected(self.moved, 0, index)
+        for name in ("whole", "codes", "scales", "offsets", "moved_at"):
+            setattr(self, name, _selected(getattr(self, name), 1, index))
+
+
+class OffloadedStates(StoredStates):
+    """States that are kept in the memory of the host: all but the sinks, `[layers, num_slots, batch, heads, head_dim]`.
+
+    When a layer is through with what was copied for it, the copy is let go; and while it works, what the next one needs is copied on a
+    stream of its own. Of what a pass brought, only that is copied back. As in transformers' offloaded caches each stream waits for what
+    the other has begun: copies to the device for those back, and the layer for its copy.
+
+    On a CPU, all this happens in one memory, with the same copies. (That is how it was tested: the stream was not.)
+    """
+
+    turned = "recent"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.host = self._room(0, len(self.slots[0]))
+        self._ahead: dict[int, torch.Tensor] = {}  # layers that have been copied to the device and not yet been read
+
+    @property
+    def recent(self) -> torch.Tensor:
+        """As `[layers, batch, heads, num_slots, head_dim]`."""
+        return self.host.permute(0, 2, 3, 1, 4)
+
+    @property
+    def num_bytes_on_host(self) -> int:
+        return self.host.nbytes
+
+    def begin(self, step: Step, is_recording: bool, at_cursor: bool) -> None:
+        super().begin(step, False, at_cursor)
+        num_sinks = self.window.num_sinks
+        self._num_slots = max(step.num_held - num_sinks, 0)
+        self._make_room(self._num_slots)
+        if is_recording:
+            rows, slots, tokens = (x.cpu() for x in step.written(len(self.slots[0])))
+            is_recent = slots >= num_sinks
+            self._finish_copies()
+            self._remember(rows[is_recent], slots[is_recent] - num_sinks, tokens[is_recent], "recent")
+        if isinstance(step.slots, slice):
+            start, stop = (max(slot, num_sinks) for slot in (step.slots.start, step.slots.stop))
+            self._new = slice(None), slice(start - num_sinks, stop - num_sinks), slice(step.num_columns - (stop - start), None)
+        else:
+            is_recent = step.slots >= num_sinks
+            rows = step.rows if step.is_uniform else step.rows[is_recent].cpu()
+            self._new = rows, (step.slots[is_recent] - num_sinks).cpu(), step.columns[is_recent].cpu()
+        self._ahead.clear()
+        self._fetch_ahead(0)
+
+    def _room(self, num_slots: int, batch_size: int) -> torch.Tensor:
+        """Pinned where another device reads it: only from there can it be copied while that computes."""
+        sinks = self.slots[0]
+        shape = len(self.slots), num_slots, batch_size, sinks.shape[1], sinks.shape[3]
+        return torch.zeros(shape, dtype=sinks.dtype, device="cpu", pin_memory=sinks.device.type == "cuda")
+
+    def _make_room(self, num_slots: int) -> None:
+        """As `States._reserve`."""
+        capacity = self.host.shape[1]
+        if num_slots > capacity:
+            self._finish_copies()
+            wider = self._room(min(self.window.num_recent, max(num_slots, 2 * capacity, MIN_SLOTS)), self.host.shape[2])
+            wider[:, :capacity] = self.host
+            self.host = wider
+
+    def _fetch_ahead(self, index: int) -> None:
+        """Begin to copy what a layer needs to the device."""
+        if index < len(self.slots):
+            with _while_computing(self.slots[0].device):
+                self._ahead[index] = self.host[index, : self._num_slots].to(self.slots[0].device, non_blocking=True, copy=True)
+
+    def _fetch(self, index: int) -> torch.Tensor:
+        if index not in self._ahead:
+            self._fetch_ahead(index)
+        _wait_for_copies(self.slots[0].device)
+        states = self._ahead.pop(index)
+        self._fetch_ahead(index + 1)
+        return states.permute(1, 2, 0, 3)
+
+    def _store(self, index: int, new: torch.Tensor) -> None:
+        rows, slots, columns = self._new
+        if isinstance(slots, slice):
+            self.host[index, slots].copy_(new[:, :, columns].permute(2, 0, 1, 3), non_blocking=True)
+        else:
+            self.recent[index][rows, :, slots] = new[rows, :, columns].cpu()
+
+    def undo(self, num_tokens: list[int]) -> None:
+        self._finish_copies()
+        super().undo(num_tokens)
+
+    def move_back(self, num_positions: list[int]) -> None:
+        self._finish_copies()
+        super().move_back(num_positions)
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        super().select_rows(index)
+        self._finish_copies()
+        selected = self.host.index_select(2, index.cpu())
+        self.host = self._room(selected.shape[1], len(index)).copy_(selected)
+
+    def _finish_copies(self) -> None:
+        """Before the host itself reads or changes what it keeps."""
+        if self.slots[0].device.type == "cuda":
+            torch.cuda.synchronize(self.slots[0].device)
+
+    def __getstate__(self) -> dict:
+        self._finish_copies()
+        return vars(self) | {"_ahead": {}}
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _while_computing(device: torch.device):
+    """Copies begun in here wait for all that was begun before, and what is computed then does not wait for them."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _copy_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+def _wait_for_copies(device: torch.device) -> None:
+    """What is computed from now on waits for the copies begun so far."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_copy_stream(device))
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a window is quantized. Options, their names and defaults are those of transformers' `QuantizedCache`.
+
+    The states of a block of tokens, `[heads, q_group_size, head_dim]`, are quantized in groups of `q_group_size` numbers of a head: each
+    channel over the tokens of the block (https://arxiv.org/abs/2402.02750), or else the numbers of one token, and of the next if
+    `head_dim` is smaller. No other block, row or layer has a part in it. Number = code * scale + offset.
+
+    Args:
+        backend: "quanto" and "hqq" call optimum.quanto or hqq, which have to be installed; "fp8" is torch's float8_e4m3fn.
+        nbits: bits of a code. 2 or 4 with quanto; 1, 2, 3 (which take the room of 4), 4 or 8 with hqq; not to be given with fp8.
+        axis_key, axis_value: which groups. With quanto -1 is each channel and 0 a token, with hqq 0 and 1; not to be given with fp8,
+            which takes tokens.
+        q_group_size: numbers in a group, and tokens in a block; a multiple of 8.
+        residual_length: the most recent tokens that are not quantized.
+
+    Raises:
+        ValueError: an option is not one of these.
+        ImportError: the backend is not installed.
+    """
+
+    backend: str = "quanto"
+    nbits: int | None = None
+    axis_key: int | None = None
+    axis_value: int | None = None
+    q_group_size: int = 64
+    residual_length: int = 128
+
+    def __post_init__(self):
+        backend = self.backend.lower() if isinstance(self.backend, str) else self.backend  # "HQQ" before transformers 4.56
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={self.backend!r} does not quantize caches. Use one of {', '.join(BACKENDS)}.")
+        allowed_bits, axes, module, _ = BACKENDS[backend]
+        for name, allowed in (("nbits", allowed_bits), ("axis_key", axes), ("axis_value", axes)):
+            value = getattr(self, name)
+            if value is None and allowed:
+                object.__setattr__(self, name, 4 if name == "nbits" else 0)
+            elif value is not None and (value not in allowed or isinstance(value, bool)):
+                choice = f"Use one of {', '.join(map(str, allowed))}" if allowed else "Leave it out"
+                raise ValueError(f"{name}={value!r} can't be used with backend={backend!r}. {choice}.")
+        for name, step in (("q_group_size", 8), ("residual_length", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value % step or value < (name == "q_group_size"):
+                kind = "a positive multiple of 8" if step > 1 else "an int of at least 0"
+                raise ValueError(f"{name} must be {kind}, got {value!r}.")
+        object.__setattr__(self, "backend", backend)
+        if module is not None:
+            _backend_module(backend)
+
+    @classmethod
+    def of(cls, cache_config) -> "Quantization":
+        """From a dict, or from the `QuantizedCacheConfig` of transformers before 4.56."""
+        options = cache_config if isinstance(cache_config, dict) else vars(cache_config)
+        names = [option.name for option in fields(cls)]
+        unknown = [name for name in options if name not in (*names, "compute_dtype", "device", "cache_implementation")]
+        if unknown:
+            raise ValueError(f"cache_config has no option {unknown[0]}. It takes {', '.join(names)}.")
+        return cls(**{name: options[name] for name in names if options.get(name) is not None})
+
+    @property
+    def min_recent(self) -> int:
+        """Tokens behind the sinks from which on there is something to quantize."""
+        return self.residual_length + self.q_group_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the codes of a group."""
+        return self.q_group_size * self._code_width // 8
+
+    @property
+    def has_offsets(self) -> bool:
+        return self.backend != "fp8"
+
+    @property
+    def _code_width(self) -> int:
+        """Bits that a code takes: a byte holds whole codes."""
+        return {None: 8, 3: 4}.get(self.nbits, self.nbits)
+
+    def by_channel(self, axis: int | None) -> bool:
+        return axis is not None and BACKENDS[self.backend][1][axis]
+
+    def quantize(self, states: torch.Tensor, by_channel: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Blocks `[blocks, heads, q_group_size, head_dim]` -> codes uint8 `[blocks, heads, head_dim, num_bytes]`, and scales and offsets
+        `[blocks, heads, head_dim, 1]` (or 0, without offsets): one of each for each of the `head_dim` groups."""
+        groups = states.transpose(2, 3) if by_channel else states.flatten(2).unflatten(2, (states.shape[3], states.shape[2]))
+        if self.backend == "fp8":
+            scales = (groups.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=torch.finfo(groups.dtype).tiny)
+            return (groups / scales).to(torch.float8_e4m3fn).view(torch.uint8), scales, scales[..., :0]
+        quantize = _quantize_with_quanto if self.backend == "quanto" else _quantize_with_hqq
+        # Block by block: hqq looks at all groups it is given when it decides how long to search.
+        blocks = [[part.view(*groups.shape[1:3], -1) for part in quantize(block.flatten(0, 1), self.nbits)] for block in groups]
+        codes, scales, offsets = (torch.stack(parts) for parts in zip(*blocks))
+        codes = codes.unflatten(-1, (self.num_bytes, -1)) << self._shifts(codes.device)
+        return codes.sum(-1, dtype=torch.uint8), scales, offsets
+
+    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, by_channel: bool) -> torch.Tensor:
+        """`[..., heads, head_dim, num_bytes]` and so on -> `[..., heads, q_group_size, head_dim]`."""
+        if self.backend == "fp8":
+            groups = codes.view(torch.float8_e4m3fn).to(scales.dtype) * scales
+        else:
+            codes = (codes[..., None] >> self._shifts(codes.device) & 2**self._code_width - 1).flatten(-2)
+            groups = torch.addcmul(offsets, codes.to(scales.dtype), scales)
+        return groups.transpose(-2, -1) if by_channel else groups.flatten(-2).unflatten(-1, groups.shape[:-3:-1])
+
+    def _shifts(self, device: torch.device) -> torch.Tensor:
+        return torch.arange(0, 8, self._code_width, dtype=torch.uint8, device=device)
+
+
+def _quantize_with_quanto(groups: torch.Tensor, nbits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Groups `[num_groups, q_group_size]` -> codes uint8, scales and offsets."""
+    quanto = _backend_module("quanto")
+    qtype = quanto.qint4 if nbits == 4 else quanto.qint2
+    scales, shifts = quanto.MaxOptimizer()(groups, qtype, 0, groups.shape[1])
+    quantized = quanto.quantize_weight(groups, qtype, 0, scales, shifts, groups.shape[1], optimized=False)
+    return quantized._data.unpack(), scales, -shifts
+
+
+def _quantize_with_hqq(groups: torch.Tensor, nbits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    quantizer = _backend_module("hqq").Quantizer
+    codes, meta = quantizer.quantize(
+        groups, nbits, group_size=groups.shape[1], axis=1, bitpack=False, compute_dtype=groups.dtype, device=str(groups.device)
+    )
+    return codes.to(torch.uint8), meta["scale"].to(groups.dtype), (-meta["zero"] * meta["scale"]).to(groups.dtype)
+
+
+def _backend_module(backend: str):
+    module, package = BACKENDS[backend][2:]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"backend={backend!r} quantizes by means of {package}: pip install {package}") from error
+
+
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+# name: (nbits, whether an axis stands for channels, module, package)
+BACKENDS = {
+    "quanto": ((2, 4), {0: False, -1: True}, "optimum.quanto", "optimum-quanto"),
+    "hqq": ((1, 2, 3, 4, 8), {0: True, 1: False}, "hqq.core.quantize", "hqq"),
+    "fp8": ((), {}, None, None),
+}
+
+
 class LayerGroup:
     """The states of all layers that are alike: same window, rotations, shapes, dtype and device."""
 
-    def __init__(self, window: Window, traits: LayerTraits, layers: list[int]):
+    def __init__(
+        self, window: Window, traits: LayerTraits, layers: list[int], quantization: Quantization | None, is_offloaded: bool
+    ):
         self.window, self.traits, self.layers = window, traits, layers
+        self.quantization, self.is_offloaded = quantization, is_offloaded
         self.states: tuple[States, ...] = ()
         self.cursor: Cursor | None = None  # in static mode
         self.record_past = False
@@ -996,16 +1484,31 @@ class LayerGroup:
             return
         traits = self.traits
         self.states = tuple(
-            States(self.window, (len(self.layers), batch_size, *shape), rotation, traits.dtype, traits.device)
-            for shape, rotation in zip(traits.shapes, traits.rotations)
+            new_states(self.window, (len(self.layers), batch_size, *shape), rotation, traits.dtype, traits.device)
+            for new_states, shape, rotation in zip(self._kinds(), traits.shapes, traits.rotations)
         )
         if is_static:
             self._set_cursor(batch_size, mask_dtype)
+
+    def _kinds(self) -> list[Callable[..., States]]:
+        """What makes the keys, and the values."""
+        if self.is_offloaded:
+            return [OffloadedStates] * 2
+        quantization = self.quantization
+        if quantization is None or self.window.num_recent < quantization.min_recent:
+            return [States] * 2
+        axes = quantization.axis_key, quantization.axis_value
+        by_channel = [quantization.by_channel(axis) for axis in axes]
+        return [functools.partial(QuantizedStates, quantization=quantization, by_channel=each) for each in by_channel]
 
     def _set_cursor(self, batch_size: int, mask_dtype: torch.dtype) -> None:
         self.cursor = Cursor(self.window, batch_size, mask_dtype, self.traits.device)
         for states in self.states:
             states.follow(self.cursor)
+
+    @property
+    def num_intact(self) -> int:
+        return min(states.num_intact for states in self.states)
 
     def select_rows(self, index: torch.Tensor) -> None:
         """Keep these rows of the batch, in this order."""
@@ -1080,11 +1583,16 @@ class SinkLayer:
 
     @property
     def keys(self) -> torch.Tensor | None:
-        return self.group.states[0].slots[self.index] if self.group.states else None
+        return self._held(0)
 
     @property
     def values(self) -> torch.Tensor | None:
-        return self.group.states[1].slots[self.index] if self.group.states else None
+        return self._held(1)
+
+    def _held(self, number: int) -> torch.Tensor | None:
+        """What is in the slots; None if they are empty, or kept in another form."""
+        states = self.group.states
+        return states[number].slots[self.index] if states and not isinstance(states[number], StoredStates) else None
 
 
 class RecurrentSinkLayer(SinkLayer, LinearAttentionLayer):
@@ -1115,9 +1623,13 @@ class SinkCache(Cache):
         num_sink_tokens: how many of the first tokens are never evicted. 0 makes a plain sliding window.
         static: room for the whole window is made at once and never moves, and what a pass over one token has to know stands in
             tensors: `torch.compile` makes one graph of it, which serves the whole stream. The pass must have been prepared.
+        quantized: a dict of options (see `Quantization`, {} for the defaults): but for the sinks and the most recent tokens, what is
+            held is quantized. Layers with native windows too short for that stay as they are.
+        offloaded: but for the sinks, what is held is kept in the memory of the host.
 
     Raises:
-        ValueError: the numbers make no window.
+        ValueError: the numbers make no window, or the options don't go together.
+        ImportError: what quantizes is not installed.
     """
 
     def __init__(
@@ -1125,8 +1637,22 @@ class SinkCache(Cache):
         window_length: int = DEFAULT_WINDOW_LENGTH,
         num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
         static: bool = False,
+        quantized: dict | None = None,
+        offloaded: bool = False,
     ):
         _check_numbers(window_length, num_sink_tokens)
+        if static + (quantized is not None) + offloaded > 1:
+            raise ValueError(
+                "A window is either static or quantized or offloaded: static=True can't be reconciled with what moves."
+            )
+        self.quantization = None if quantized is None else Quantization.of(quantized)
+        self.is_offloaded = offloaded
+        if quantized is not None and window_length - num_sink_tokens < self.quantization.min_recent:
+            raise ValueError(
+                f"window_length={window_length} with num_sink_tokens={num_sink_tokens} leaves nothing to quantize: residual_length="
+                f"{self.quantization.residual_length} tokens stay as they are, and a block has q_group_size="
+                f"{self.quantization.q_group_size}. Use a longer window, or smaller ones of these."
+            )
         self.layers = []
         if HAS_LAYERS_BY_CONFIG:
             super().__init__(layers=self.layers)
@@ -1141,10 +1667,13 @@ class SinkCache(Cache):
     # What it holds
 
     def __repr__(self) -> str:
-        static = ", static=True" if self.is_static else ""
+        mode = ", static=True" if self.is_static else ", offloaded=True" if self.is_offloaded else ""
+        if self.quantization is not None:
+            mode = f", quantized={{'backend': {self.quantization.backend!r}, 'nbits': {self.quantization.nbits}}}"
+        on_host = f", bytes_on_host={self.num_bytes_on_host}" if self.is_offloaded else ""
         return (
-            f"{type(self).__name__}(window_length={self.window_length}, num_sink_tokens={self.num_sink_tokens}{static}, "
-            f"tokens_seen={self.num_tokens_seen}, tokens_held={self.num_tokens_held}, bytes_held={self.num_bytes_held})"
+            f"{type(self).__name__}(window_length={self.window_length}, num_sink_tokens={self.num_sink_tokens}{mode}, "
+            f"tokens_seen={self.num_tokens_seen}, tokens_held={self.num_tokens_held}, bytes_held={self.num_bytes_held}{on_host})"
         )
 
     @property
@@ -1172,6 +1701,11 @@ class SinkCache(Cache):
             + sum(state.nbytes for states in recurrent for state in states)
             + (0 if self._token_ids is None else self._token_ids.nbytes)
         )
+
+    @property
+    def num_bytes_on_host(self) -> int:
+        """Those of `num_bytes_held` that are offloaded."""
+        return sum(states.num_bytes_on_host for states in self._states)
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Tokens seen, as for every cache of transformers: what `generate` continues from."""
@@ -1219,6 +1753,8 @@ class SinkCache(Cache):
         window_length: int = DEFAULT_WINDOW_LENGTH,
         num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
         static: bool = False,
+        quantized: dict | None = None,
+        offloaded: bool = False,
     ) -> "SinkCache":
         """A cache for this model.
 
@@ -1227,7 +1763,7 @@ class SinkCache(Cache):
         """
         if not isinstance(model, torch.nn.Module):
             raise ValueError(f"SinkCache.from_model takes a loaded model, got {model!r} ({type(model).__name__}).")
-        cache = cls(window_length, num_sink_tokens, static)
+        cache = cls(window_length, num_sink_tokens, static, quantized, offloaded)
         cache.bind(model)
         return cache
 
@@ -1280,7 +1816,10 @@ class SinkCache(Cache):
                 keeps_native = layer.native_window == window.length
                 alike = (window, keeps_native, layer.shapes, layer.dtype, layer.device, *(r.fingerprint for r in layer.rotations))
                 members.setdefault(alike, []).append(index)
-        self._groups = [LayerGroup(alike[0], traits.layers[indices[0]], indices) for alike, indices in members.items()]
+        self._groups = [
+            LayerGroup(alike[0], traits.layers[indices[0]], indices, self.quantization, self.is_offloaded)
+            for alike, indices in members.items()
+        ]
         holding_keys = [index for group in self._groups for index in group.layers]
         self._windows = {group.window for group in self._groups} | {self._window}
         self._num_layers, self._last_layer = len(holding_keys), max(holding_keys)
@@ -1388,7 +1927,7 @@ class SinkCache(Cache):
         self._num_seen = finished.num_seen_after
         if self._is_recording:
             self._num_recorded += finished.num_columns
-            if any(not step.can_be_undone for step in finished.steps.values()):
+            if not all(states.can_undo(finished.steps[states.window]) for states in self._states):
                 self._forget_recorded()
 
     def _begin_unprepared(self, batch_size: int, num_columns: int) -> None:
@@ -1481,7 +2020,8 @@ class SinkCache(Cache):
             for group in self._groups:
                 group.cursor.move(num_seen)
         self._is_at_cursor = at_cursor
-        can_be_repeated = not evicts and not self._traits.is_recurrent
+        quantizes = self.quantization is not None and num_columns > 1
+        can_be_repeated = not evicts and not quantizes and not self._traits.is_recurrent
         self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated, at_cursor)
 
     def _positions_back(self, num_seen: list[int], num_seen_after: list[int], base: list[int]) -> list[int]:
@@ -1719,7 +2259,7 @@ class SinkCache(Cache):
         if removed and min(num_left) < 0:
             raise ValueError(f"Can't take back {removed} tokens: a row of the cache has seen only {min(self._num_seen)}.")
         for group in self._groups if removed else ():
-            if max(self._num_seen) > group.window.length and self._num_recorded < removed:
+            if max(self._num_seen) > group.num_intact and self._num_recorded < removed:
                 raise ValueError(
                     f"Can't take back {removed} tokens: what the last {self._num_recorded} evicted was recorded, no more. Call "
                     "activate_past_recording() before the passes that may be taken back."
