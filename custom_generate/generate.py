@@ -131,6 +131,14 @@ def _stop_counting(view: torch.nn.Module) -> None:
         view._get_initial_cache_position = get_initial_cache_position
 
 
+def _input_device(model: torch.nn.Module) -> torch.device:
+    """Where the model takes its inputs; if its first weights are offloaded, where they are brought to for each pass."""
+    if model.device.type != "meta":
+        return model.device
+    devices = [device for device in getattr(model, "hf_device_map", {}).values() if device not in ("cpu", "disk")]
+    return torch.device(devices[0] if devices else "cpu")
+
+
 def _as_written(model: torch.nn.Module) -> torch.nn.Module:
     """The model as it is when nobody compiles it, sharing all else: a pass of a shape that comes once is not worth a graph."""
     view = copy.copy(model)  # without what model.compile() has made
@@ -391,6 +399,7 @@ class Probe:
     def __init__(self, model: torch.nn.Module, window_length: int):
         self.model, self.name, self.window_length = model, type(model).__name__, window_length
         _check_is_decoder(model)
+        self.device = _input_device(model)
         self.config = model.config.get_text_config(decoder=True)
         has_chunks = getattr(self.config, "attention_chunk_size", None)  # without layer types, before 4.53
         if has_chunks or "chunked_attention" in (getattr(self.config, "layer_types", None) or ()):
@@ -491,7 +500,7 @@ class Probe:
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        inputs = {name: x.to(self.model.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         return self.model(**{name: value for name, value in inputs.items() if name in self.accepted}).logits
 
     def _by_position(self, rows: torch.Tensor) -> torch.Tensor:
@@ -656,6 +665,15 @@ class Step:
                 self.shifts = window.shift(self.tokens - torch.tensor(base, device=device)[:, None])
         if is_ordered:
             self._order(num_after)
+
+    def to(self, device: torch.device) -> "Step":
+        """The same, for what is on another device."""
+        if device == self.device:
+            return self
+        moved = copy.copy(self)
+        moved.device = device
+        vars(moved).update({name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)})
+        return moved
 
     @property
     def kv_length(self) -> int:
@@ -2014,8 +2032,10 @@ class SinkCache(Cache):
         steps = {w: Step(w, num_seen, num_new, num_columns, base, device, self._traits.is_ordered) for w in self._windows}
         at_cursor = self.is_static and is_prepared and num_columns == min(num_new) == 1
         is_recording = self._is_recording
-        for states in self._states:
-            states.begin(steps[states.window], is_recording, at_cursor)
+        for group in self._groups:
+            step = steps[group.window].to(group.traits.device)
+            for states in group.states:
+                states.begin(step, is_recording, at_cursor)
         if at_cursor:
             for group in self._groups:
                 group.cursor.move(num_seen)
@@ -2070,8 +2090,10 @@ class SinkCache(Cache):
             return None
         masks = {}
         for group in self._groups:
-            mask = _as_mask(steps[group.window].visible()[:, None].to(device), self._mask_dtype(group))
-            masks |= dict.fromkeys(self._mask_names(group), mask.expand(self._batch_size, -1, -1, -1))
+            names = [name for name in self._mask_names(group) if name not in masks]
+            if names:  # else made for such layers on another device
+                mask = _as_mask(steps[group.window].visible()[:, None].to(device), self._mask_dtype(group))
+                masks |= dict.fromkeys(names, mask.expand(self._batch_size, -1, -1, -1))
         if self._traits.is_recurrent:
             # Under all names under which these models look for them.
             full = next((masks[name] for name in (None, "full_attention", "hybrid") if name in masks), None)
@@ -2175,8 +2197,9 @@ class SinkCache(Cache):
         if self._token_ids is None:
             size = (self._batch_size, self.window_length)
             self._token_ids = torch.full(size, -1, dtype=input_ids.dtype, device=input_ids.device)
+        step, input_ids = step.to(self._token_ids.device), input_ids.to(self._token_ids.device)
         if self._is_recording:
-            rows, slots, tokens = (x.to(input_ids.device) for x in step.written(self._batch_size))
+            rows, slots, tokens = step.written(self._batch_size)
             self._token_log.append((rows, slots, tokens, self._token_ids[rows, slots]))
         self._token_ids[step.rows, step.slots] = input_ids[step.rows, step.columns]
 
@@ -2396,6 +2419,7 @@ def generate(
             is as before.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    device = _input_device(model)
     kwargs = {name: value for name, value in kwargs.items() if name not in LOADER_ARGUMENTS}
     kwargs |= {"generation_config": generation_config, "assistant_model": assistant_model}
     option = functools.partial(_option, model, kwargs)
@@ -2426,7 +2450,7 @@ def generate(
     input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
     inputs_embeds = kwargs.get("inputs_embeds")
     if input_ids is None and inputs_embeds is None and option("bos_token_id") is not None:
-        input_ids = torch.full((1, 1), option("bos_token_id"), dtype=torch.long, device=model.device)
+        input_ids = torch.full((1, 1), option("bos_token_id"), dtype=torch.long, device=device)
     attention_mask = kwargs.pop("attention_mask", None)
     if attention_mask is None and inputs_embeds is None:
         attention_mask = _mask_from_padding(input_ids, option("pad_token_id"), option("eos_token_id"))
@@ -2434,7 +2458,7 @@ def generate(
         Prompt(input_ids, attention_mask) if inputs_embeds is None else Prompt(inputs_embeds, attention_mask, "inputs_embeds")
     )
     num_copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
-    unseen = _unseen(prompt, cache, num_copies).to(model.device)
+    unseen = _unseen(prompt, cache, num_copies).to(device)
     negative = Prompt(kwargs.pop("negative_prompt_ids", None), kwargs.pop("negative_prompt_attention_mask", None))
     guidance = _guidance(model, cache, prompt, negative, option, chunk_size)
     kwargs.pop("guidance_scale", None)
@@ -2456,7 +2480,7 @@ def generate(
         streamer=streamer,
         past_key_values=cache,
         # Padding is the cache's business, and a mask of ones need not be extended at each step.
-        attention_mask=torch.ones(prompt.tokens.shape[:2], dtype=torch.long, device=model.device),
+        attention_mask=torch.ones(prompt.tokens.shape[:2], dtype=torch.long, device=device),
         **kwargs,
     )
     sequences = (outputs if isinstance(outputs, torch.Tensor) else outputs.sequences).clone()  # ordinary ids, without room
@@ -2476,7 +2500,7 @@ def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size
     view._compiled_call_impl = model._compiled_call_impl  # of model.compile(): no copy has it
     view.generation_config = _without_cache_options(model.generation_config)
     prepare_inputs, update_kwargs = model.prepare_inputs_for_generation, model._update_model_kwargs_for_generation
-    device = model.device
+    device = _input_device(model)
     num_other = None  # columns of `input_ids` less tokens seen: a constant, once the prompt has been fed
 
     @functools.wraps(prepare_inputs)
