@@ -2596,7 +2596,7 @@ def _guidance(model, cache: SinkCache, prompt: "Prompt", negative: "Prompt", opt
             f"negative_prompt_ids has {len(negative.tokens)} rows, and the prompt has {len(prompt.tokens)}. Pass one for each."
         )
     second = SinkCache(cache.window_length, cache.num_sink_tokens, static=cache.is_static)
-    negative = None if negative.tokens is None else _unseen(negative, second, 1).to(model.device)
+    negative = None if negative.tokens is None else _unseen(negative, second, 1).to(_input_device(model))
     second.bind(model)
     return Guidance(model, second, scale, negative, chunk_size)
 
@@ -2614,7 +2614,7 @@ class Guidance(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores `[rows, vocab]` in, log-probabilities out."""
         others = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
-        new = Prompt(input_ids[:, -1:].to(self.model.device), None)
+        new = Prompt(input_ids[:, -1:].to(_input_device(self.model)), None)
         if not self.cache.is_initialized:
             prompt = self.prompt or new
             prompt = prompt.repeat(len(input_ids) // len(prompt.tokens))
