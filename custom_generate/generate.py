@@ -1122,8 +1122,8 @@ class QuantizedStates(StoredStates):
         return self.window.num_sinks + self.num_whole
 
     def can_undo(self, step: Step) -> bool:
-        """Not if the pass has quantized tokens that it brought: some of them may have to be whole again."""
-        is_short = step.num_columns <= max(self.residual_length, 1) or max(step.num_after) <= self.num_intact
+        """Not if tokens that the pass brought have gone from the whole ones, and might have to be there again."""
+        is_short = step.num_columns <= self.num_whole or max(step.num_after) <= self.num_intact
         return super().can_undo(step) and is_short
 
     def begin(self, step: Step, is_recording: bool, at_cursor: bool) -> None:
@@ -1133,13 +1133,13 @@ class QuantizedStates(StoredStates):
         if is_recording:
             self._remember(*self._new_whole[:3], "whole")
             self._remember(*self._new_blocks[:3], "codes", "scales", "offsets", "moved_at")
-        rows, slots = self._new_blocks[:2]
-        self.moved_at[:, rows, :, slots] = self.moved[rows, None, None]
         self._angles, num_seen = None, max(step.num_before)
         self._turns_until = min(self._turns_until, num_seen + self.window.length)
         if num_seen <= self._turns_until:
             back = self.moved[:, None, None] - self.moved_at[0]
             self._angles = self.rotation.angles(back, torch.zeros_like(back))[..., None, :]  # [batch, 1, num_blocks, 1, head_dim]
+        rows, slots = self._new_blocks[:2]  # the pass still sees the blocks that were there
+        self.moved_at[:, rows, :, slots] = self.moved[rows, None, None]
 
     def _num_quantized(self, num_seen: int) -> int:
         """Blocks that are quantized of a text of so many tokens, held or evicted."""
@@ -1172,7 +1172,7 @@ class QuantizedStates(StoredStates):
             first_block, end_block = self._num_quantized(before), self._num_quantized(after)
             before, after = before - num_sinks, after - num_sinks
             column = step.num_columns - after  # of token 0
-            for token in range(max(before, end_block * length, 0), after):
+            for token in range(max(before, after - self.num_whole, 0), after):
                 whole.append([row, token % self.num_whole, token + num_sinks, token + column])
             for block in range(max(first_block, end_block - self.num_blocks), end_block):
                 tokens = range(block * length, (block + 1) * length)
@@ -1394,7 +1394,9 @@ class Quantization:
     @classmethod
     def of(cls, cache_config) -> "Quantization":
         """From a dict, or from the `QuantizedCacheConfig` of transformers before 4.56."""
-        options = cache_config if isinstance(cache_config, dict) else vars(cache_config)
+        options = cache_config if isinstance(cache_config, dict) else getattr(cache_config, "__dict__", None)
+        if options is None:
+            raise ValueError(f"cache_config must be a dict, got {cache_config!r} ({type(cache_config).__name__}).")
         names = [option.name for option in fields(cls)]
         unknown = [name for name in options if name not in (*names, "compute_dtype", "device", "cache_implementation")]
         if unknown:
@@ -1455,8 +1457,8 @@ def _quantize_with_quanto(groups: torch.Tensor, nbits: int) -> tuple[torch.Tenso
     quanto = _backend_module("quanto")
     qtype = quanto.qint4 if nbits == 4 else quanto.qint2
     scales, shifts = quanto.MaxOptimizer()(groups, qtype, 0, groups.shape[1])
-    quantized = quanto.quantize_weight(groups, qtype, 0, scales, shifts, groups.shape[1], optimized=False)
-    return quantized._data.unpack(), scales, -shifts
+    codes = torch.ops.quanto.quantize_affine(groups, nbits, 0, groups.shape[1], scales, shifts)
+    return codes, scales, -shifts
 
 
 def _quantize_with_hqq(groups: torch.Tensor, nbits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -1659,10 +1661,10 @@ class SinkCache(Cache):
         offloaded: bool = False,
     ):
         _check_numbers(window_length, num_sink_tokens)
-        if static + (quantized is not None) + offloaded > 1:
-            raise ValueError(
-                "A window is either static or quantized or offloaded: static=True can't be reconciled with what moves."
-            )
+        modes = {"static": static, "quantized": quantized is not None, "offloaded": offloaded}
+        modes = [name for name, is_asked in modes.items() if is_asked]
+        if len(modes) > 1:
+            raise ValueError(f"A window can't be {' and '.join(modes)} at once: it is kept in one way. Choose one.")
         self.quantization = None if quantized is None else Quantization.of(quantized)
         self.is_offloaded = offloaded
         if quantized is not None and window_length - num_sink_tokens < self.quantization.min_recent:
@@ -2350,8 +2352,7 @@ UNSUPPORTED_OPTIONS = {
     "prompt_lookup_num_tokens": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
     "assistant_early_exit": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
     "use_mtp": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
-    "cache_implementation": 'it would put another cache in the place of SinkCache, but for "static"',
-    "cache_config": "it would configure another cache",
+    "cache_implementation": 'it would put another cache in the place of SinkCache, but for "static", "quantized" and "offloaded"',
     "max_cache_len": "a SinkCache holds window_length tokens, however long the text gets",
     "continuous_batching_config": "continuous batching has a paged cache of its own",
     "return_legacy_cache": "tuples of keys and values can't say which of them are sinks",
@@ -2365,6 +2366,8 @@ UNSUPPORTED_OPTIONS = {
 }
 # Those that choose a cache. Published generation configs do, and a SinkCache takes its place: only the call itself may not ask for one.
 CACHE_OPTIONS = ("cache_implementation", "cache_config", "max_cache_len", "continuous_batching_config", "return_legacy_cache")
+# Names under which transformers offloads caches. With a window it makes no difference whether they would grow.
+OFFLOADED = ("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked")
 # What `SinkCache.prepare` brings.
 PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
 # Tensors that `generate` takes: what else comes with each token of a prompt is refused.
@@ -2376,7 +2379,7 @@ _NEUTRAL_VALUES = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
-    "cache_implementation": ("static", "dynamic"),
+    "cache_implementation": ("dynamic", "static", "quantized", *OFFLOADED),
 }
 # Options under which the text is not just continued, token by token, as the second text of guidance would have to follow.
 NOT_WITH_GUIDANCE = ("num_beams", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -2408,7 +2411,8 @@ def generate(
             config, or come with the cache.
         prefill_chunk_size: tokens of a prompt that go through the model in one pass.
         cache_implementation: "static" for a cache that never moves. On a GPU transformers then compiles the forward pass, as
-            `compile_config` says; elsewhere, compile the model.
+            `compile_config` says; elsewhere, compile the model. "quantized" as `cache_config` says, a dict of options of
+            `Quantization`; or "offloaded" to the memory of the host.
         past_key_values: a `SinkCache` to continue, with either the whole history in `input_ids`, or its last `window_length` tokens,
             or only what the cache has not seen: that is `sequences[:, cache.get_seq_length():]` and what comes after it.
         guidance_scale: as in transformers, with a second cache of the same window for the second text. That one begins anew with each
@@ -2426,8 +2430,9 @@ def generate(
     _check_options(model, kwargs)
 
     cache = kwargs.pop("past_key_values", None)
-    is_static = _asked(kwargs, "cache_implementation") == "static"
-    kwargs.pop("cache_implementation", None)
+    mode = _mode(_asked(kwargs, "cache_implementation"), _asked(kwargs, "cache_config"))
+    for name in ("cache_implementation", "cache_config"):
+        kwargs.pop(name, None)
     for name, value, kind in (
         ("past_key_values", cache, Cache),
         ("input_ids", inputs if inputs is not None else kwargs.get("input_ids"), torch.Tensor),
@@ -2440,9 +2445,9 @@ def generate(
             logger.warning("past_key_values is an empty %s. It stays so: a SinkCache takes its place.", type(cache).__name__)
         asked = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
         asked = {name: option(name) if value is None else value for name, value in asked.items()}
-        cache = SinkCache(static=is_static, **{name: value for name, value in asked.items() if value is not None})
+        cache = SinkCache(**{name: value for name, value in asked.items() if value is not None}, **mode)
     else:
-        _check_cache(cache, window_length, num_sink_tokens, is_static)
+        _check_cache(cache, window_length, num_sink_tokens, mode)
     chunk_size = prefill_chunk_size if prefill_chunk_size is not None else option("prefill_chunk_size")
     if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"prefill_chunk_size must be an int of at least 1, got {chunk_size!r}.")
@@ -2841,7 +2846,18 @@ def _check_options(model: torch.nn.Module, kwargs: dict) -> None:
             )
 
 
-def _check_cache(cache, window_length: int | None, num_sink_tokens: int | None, is_static: bool) -> None:
+def _mode(cache_implementation: str | None, cache_config) -> dict:
+    """What these options are called as arguments of `SinkCache`."""
+    if cache_implementation == "quantized":
+        return {"quantized": {} if cache_config is None else cache_config}
+    if cache_config is not None:
+        raise ValueError('cache_config configures cache_implementation="quantized", which was not asked for. Leave it out.')
+    return (
+        {"static": True} if cache_implementation == "static" else {"offloaded": True} if cache_implementation in OFFLOADED else {}
+    )
+
+
+def _check_cache(cache, window_length: int | None, num_sink_tokens: int | None, mode: dict) -> None:
     if not _is_sink_cache(cache):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__} that already holds tokens, and nobody knows their positions. Pass a "
@@ -2853,10 +2869,21 @@ def _check_cache(cache, window_length: int | None, num_sink_tokens: int | None, 
                 f"{name}={value} was asked for, and the cache in past_key_values was made with {getattr(cache, name)}. Leave the "
                 "argument out, or pass a new cache."
             )
-    if is_static and not cache.is_static:
+    quantization, options = cache.quantization, mode.get("quantized")
+    for name, argument, is_so in (
+        ("static", "static=True", cache.is_static),
+        ("offloaded", "offloaded=True", cache.is_offloaded),
+        ("quantized", "quantized={...}", quantization is not None),
+    ):
+        if name in mode and not is_so:
+            raise ValueError(
+                f'cache_implementation="{name}" was asked for, and the cache in past_key_values is not {name}. Leave the argument out, or '
+                f"pass a new cache, made with {argument}."
+            )
+    if options and vars(Quantization.of(options)) != vars(quantization):
         raise ValueError(
-            'cache_implementation="static" was asked for, and the cache in past_key_values is not static. Leave the argument out, or '
-            "pass a new cache, made with static=True."
+            f"cache_config={options} was asked for, and the cache in past_key_values was made with {quantization}. Leave the argument "
+            "out, or pass a new cache."
         )
 
 

@@ -81,10 +81,12 @@ def oracle_logits(
     num_sink_tokens: int,
     sinks: torch.Tensor | None = None,
     shift: bool = True,
+    seen_as=None,
 ) -> torch.Tensor:
     """Logits `[1, num_tokens, vocab]` for one row without padding.
 
     `sinks` (other tokens in their place) and `shift=False` (sinks left where they were) make a wrong oracle on purpose.
+    `seen_as(layer, token, stored)` gives the keys and values that a token sees in the place of those stored.
     """
     assert input_ids.shape[0] == 1
     has_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -120,15 +122,16 @@ def oracle_logits(
         copy_recurrent_states(before, cache)
         num_kept = []
         for index, window in enumerate(windows):
+            all_kept = stored[index] if seen_as is None else seen_as(index, token, stored[index])
             if window is not None:
-                kept = last(stored[index], window - 1)
+                kept = last(all_kept, window - 1)
             elif is_full:
-                kept = last(stored[index], num_recent)
+                kept = last(all_kept, num_recent)
                 if num_sink_tokens and stored[index]:
                     row = slice(token - window_length, token - window_length + 1)
                     kept = [tuple(each[row] for each in states_of(sink_cache, index)), *kept]
             else:
-                kept = stored[index]
+                kept = all_kept
             if kept:
                 cache.update(torch.cat([keys for keys, _ in kept], 2), torch.cat([values for _, values in kept], 2), index)
             num_kept.append(sum(keys.shape[2] for keys, _ in kept))

@@ -59,7 +59,7 @@ def test_numbers_that_make_no_window(untouched, numbers, message):
 
 
 def plausible_value(name: str, model):
-    special = {"assistant_model": model, "cache_implementation": "quantized", "position_ids": torch.arange(5)[None]}
+    special = {"assistant_model": model, "cache_implementation": "paged", "position_ids": torch.arange(5)[None]}
     return special.get(name, 2)
 
 

@@ -1,0 +1,388 @@
+"""A quantized window: each key and value is what its backend makes of it, once, and all else is as ever.
+
+The reference keeps everything in full precision. For each query it puts in the place of older states what the backend's own functions
+make of them, quantized and back, block by block; which those are, and where its keys stand then, is written down here from the rules.
+"""
+
+import contextlib
+import copy
+import importlib.util
+
+import pytest
+import torch
+from checks import assert_same, feed, left_padded, random_ids
+from families import build_model
+from generate import Quantization, SinkCache, generate
+from oracle import TOLERANCE, oracle_logits
+
+WINDOW_LENGTH, NUM_SINK_TOKENS = 32, 4
+BLOCK, RESIDUAL = 8, 6
+NUM_TOKENS = 150  # four windows and more, so that positions are lowered three times
+OPTIONS = {"q_group_size": BLOCK, "residual_length": RESIDUAL}
+
+
+def is_installed(backend: str) -> bool:
+    package = {"quanto": "optimum", "hqq": "hqq"}.get(backend)
+    return package is None or importlib.util.find_spec(package) is not None
+
+
+def needs(backend: str) -> None:
+    if not is_installed(backend):
+        pytest.skip(f"{backend} is not installed")
+
+
+def new_cache(model, **options) -> SinkCache:
+    """Of the given backend; else of quanto, or of torch alone."""
+    if "backend" in options:
+        needs(options["backend"])
+    elif not is_installed("quanto"):
+        options = {"backend": "fp8"}
+    return SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS, quantized=OPTIONS | options)
+
+
+def quantized_and_back(states: torch.Tensor, by_channel: bool, backend: str, nbits: int) -> torch.Tensor:
+    """One block `[1, heads, tokens, head_dim]`, by the functions of the backend alone, on the axis that has these groups."""
+    block = states[0].contiguous()
+    if backend == "fp8":
+        groups = block.reshape(-1, BLOCK)
+        scale = groups.abs().amax(1, keepdim=True) / 448
+        return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).reshape(states.shape)
+    if backend == "quanto":
+        from optimum.quanto import MaxOptimizer, qint2, qint4
+        from optimum.quanto.tensor.grouped import ungroup
+
+        qtype, axis = qint4 if nbits == 4 else qint2, -1 if by_channel else 0
+        block = block.transpose(0, 1).reshape(BLOCK, -1) if by_channel else block.reshape(-1, BLOCK)
+        scale, shift = MaxOptimizer()(block, qtype, axis, BLOCK)
+        codes = torch.ops.quanto.quantize_affine(block, nbits, axis, BLOCK, scale, shift)
+        back = ungroup(codes * scale - shift, axis, block.shape)
+    else:
+        from hqq.core.quantize import Quantizer
+
+        block = block.transpose(0, 1).reshape(BLOCK, -1) if by_channel else block.flatten(0, 1)
+        codes, meta = Quantizer.quantize(
+            block, axis=0 if by_channel else 1, device="cpu", compute_dtype=block.dtype, nbits=nbits, group_size=BLOCK
+        )
+        back = Quantizer.dequantize(codes, meta | {"compute_dtype": block.dtype})
+    heads, head_dim = states.shape[1], states.shape[3]
+    return back.reshape(BLOCK, heads, head_dim).transpose(0, 1)[None] if by_channel else back.reshape(states.shape)
+
+
+class Reference:
+    """What a query sees of a row whose tokens came in passes: (tokens seen before, positions lowered by) of each, in order."""
+
+    def __init__(self, cache: SinkCache, passes: list[tuple[int, int]], num_tokens: int):
+        self.quantization, self.traits = cache.quantization, cache._traits
+        self.known = {}
+        starts = [start for start, _ in passes]
+        # By pass in which a token comes: how many tokens there were before, and for each block, in which base it was quantized.
+        self.start_of = [max(start for start in starts if start <= token) for token in range(num_tokens)]
+        self.base_of = {}
+        for (start, base), end in zip(passes, [*starts[1:], num_tokens]):
+            for block in range(self.num_blocks(start), self.num_blocks(end)):
+                self.base_of[block] = base
+
+    def num_blocks(self, num_seen: int) -> int:
+        return max(0, num_seen - NUM_SINK_TOKENS - RESIDUAL) // BLOCK
+
+    def __call__(self, layer: int, token: int, stored: list) -> list:
+        traits = self.traits.layers[layer]
+        if traits.native_window is not None and traits.native_window <= WINDOW_LENGTH:
+            return stored  # too short to be quantized
+        seen = list(stored)
+        for block in range(self.num_blocks(self.start_of[token])):
+            tokens = slice(NUM_SINK_TOKENS + block * BLOCK, NUM_SINK_TOKENS + (block + 1) * BLOCK)
+            if (layer, block) not in self.known:
+                pairs = zip(*stored[tokens])
+                axes = self.quantization.axis_key, self.quantization.axis_value
+                self.known[layer, block] = [
+                    self.states(torch.cat(states, 2), rotation, axis, self.base_of[block])
+                    for states, rotation, axis in zip(pairs, traits.rotations, axes)
+                ]
+            keys, values = self.known[layer, block]
+            seen[tokens] = zip(keys.split(1, dim=2), values.split(1, dim=2))
+        return seen
+
+    def states(self, states: torch.Tensor, rotation, axis: int, base: int) -> torch.Tensor:
+        backend, nbits = self.quantization.backend, self.quantization.nbits
+        by_channel = axis == {"quanto": -1, "hqq": 0}.get(backend, "never")
+        there, here = torch.tensor([base]), torch.tensor([0])
+        lowered = rotation.turn(states, rotation.angles(there, here))
+        return rotation.turn(quantized_and_back(lowered, by_channel, backend, nbits), rotation.angles(here, there))
+
+
+def feed_on(model, cache: SinkCache, ids, sizes, passes: list, mask=None) -> torch.Tensor:
+    """Logits of the next columns of `ids`. The passes are added to those of each row, as `Reference` wants them."""
+    logits, start = [], max(cache.num_tokens_seen, 0) if mask is None else 0
+    for size in sizes:
+        before = cache.num_tokens_seen_by_row if cache.is_initialized else [0] * len(ids)
+        columns = slice(start, start + size)
+        logits.append(feed(model, cache, ids[:, columns], [size], None if mask is None else mask[:, columns]))
+        for row, each in enumerate(passes):
+            each.append((before[row], cache._base[row % len(cache._base)]))
+        start += size
+    return torch.cat(logits, dim=1)
+
+
+def assert_as_reference(model, cache: SinkCache, logits: torch.Tensor, ids: torch.Tensor, passes: list) -> None:
+    """For one row, the last tokens of a stream.
+
+    A number half-way between two codes is rounded one way or the other. That changes one code of thousands: a few tokens, by little.
+    """
+    seen_as = Reference(cache, passes, ids.shape[1])
+    expected = oracle_logits(model, ids, WINDOW_LENGTH, NUM_SINK_TOKENS, seen_as=seen_as)[:, -logits.shape[1] :]
+    unquantized = oracle_logits(model, ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -logits.shape[1] :]
+    errors = (logits - expected).abs().amax(-1).flatten() / expected.std()
+    effects = (unquantized - expected).abs().amax(-1).flatten() / expected.std()
+    assert effects.max() > 20 * TOLERANCE, "nothing was quantized: the comparison would mean nothing"
+    assert errors.quantile(0.8) <= TOLERANCE and errors.max() <= 0.3 * effects.max()
+
+
+FEEDINGS = {
+    "singly": [1] * NUM_TOKENS,
+    "chunks": [20, 1, 1, 30, 1, 9, 40, 1, 17, 30],
+    "one prompt": [110] + [1] * 40,
+}
+BACKENDS = [
+    {"backend": "quanto", "nbits": 4},
+    {"backend": "quanto", "nbits": 2, "axis_key": -1},
+    {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1},
+    {"backend": "hqq", "nbits": 3, "axis_value": 1},
+    {"backend": "fp8"},
+]
+IDS = ["-".join(map(str, options.values())) for options in BACKENDS]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("qwen3", "sdpa")
+
+
+@pytest.mark.parametrize("sizes", FEEDINGS.values(), ids=FEEDINGS)
+@pytest.mark.parametrize("options", BACKENDS, ids=IDS)
+def test_it_equals_the_reference(model, options, sizes):
+    if sizes[0] == 1 and options["backend"] == "hqq":
+        pytest.skip("slow, and no other blocks than in chunks")
+    ids, cache, passes = random_ids(NUM_TOKENS), new_cache(model, **options), [[]]
+    logits = feed_on(model, cache, ids, sizes, passes)
+    assert cache._base[0] > 2 * WINDOW_LENGTH  # positions were lowered several times
+    assert_as_reference(model, cache, logits, ids, passes[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek-v3", "falcon-alibi", "bloom", "gpt-j", "mistral-long-window"])
+def test_families(name):
+    """Native windows, which are too short to be quantized, and longer ones; latent keys; scores by the order of keys; other rotations."""
+    model, ids, passes = build_model(name), random_ids(NUM_TOKENS), [[]]
+    cache = new_cache(model, axis_key=-1)
+    sizes = [1] * NUM_TOKENS if cache._traits.is_ordered else [20, 13] + [1] * 40 + [37, 40]
+    assert_as_reference(model, cache, feed_on(model, cache, ids, sizes, passes), ids, passes[0])
+
+
+def test_rows_of_different_lengths(model):
+    """Each row has blocks of its own, quantized when it is their turn, with positions of its own; and they travel with it."""
+    lengths = (3, 30, 100)
+    rows = [random_ids(length + 50, seed=length) for length in lengths]
+    ids, mask = left_padded(rows)
+    cache, passes = new_cache(model), [[], [], []]
+    feed_on(model, cache, ids[:, :110], [100] + [1] * 10, passes, mask[:, :110])
+    order = torch.tensor([2, 0, 1, 0])
+    cache.reorder_cache(order[:3])
+    cache.batch_select_indices(torch.tensor([0, 1, 2, 1]))
+    passes = [list(passes[row]) for row in order]
+    logits = feed_on(model, cache, ids[order][:, 110:], [1] * 30 + [10], passes, mask[order][:, 110:])
+    for row, before in enumerate(order):
+        assert_as_reference(model, cache, logits[row : row + 1], rows[before], passes[row])
+
+
+@pytest.mark.parametrize("num_seen", [40, 62, 90])
+@pytest.mark.parametrize("sizes, num_rejected", [([5], 5), ([14], 3), ([1] * 7, 6), ([3, 4], 5)])
+def test_roll_back(model, num_seen, sizes, num_rejected):
+    """What was quantized for tokens that are taken back is whole again; also where positions were lowered in between (at 64)."""
+    cache, passes = new_cache(model), [[]]
+    ids, other = random_ids(num_seen + 60), random_ids(sum(sizes), seed=9)
+    feed_on(model, cache, ids, [num_seen], passes)
+    cache.activate_past_recording()
+    num_kept = sum(sizes) - num_rejected
+    drafts = torch.cat([ids[:, : num_seen + num_kept], other], dim=1)
+    feed_on(model, cache, drafts, sizes, passes)
+    cache.crop(-num_rejected)
+    passes = [[each for each in passes[0] if each[0] < num_seen + max(num_kept, 1) and each[0] != num_seen + num_kept]]
+    sizes = [1] * 40 + [20 - num_kept]
+    assert_as_reference(model, cache, feed_on(model, cache, ids, sizes, passes), ids, passes[0])
+
+
+def test_roll_back_without_a_record(model):
+    """While all tokens are still whole none is needed; after that it is refused, also of passes too long to be recorded."""
+    ids = random_ids(100)
+    cache, passes = new_cache(model), [[]]
+    feed_on(model, cache, ids, [NUM_SINK_TOKENS + RESIDUAL + BLOCK], passes)
+    cache.crop(-9)
+    assert_as_reference(model, cache, feed_on(model, cache, ids, [1] * 91, passes), ids, passes[0])
+    cache = new_cache(model)
+    feed_on(model, cache, ids, [20], [[]])
+    with pytest.raises(ValueError, match="activate_past_recording"):
+        cache.crop(-1)
+    cache.activate_past_recording()
+    feed_on(model, cache, ids, [RESIDUAL + BLOCK + 1], [[]])
+    with pytest.raises(ValueError, match="recorded"):
+        cache.crop(-1)
+
+
+def test_each_block_is_quantized_once(model, monkeypatch):
+    """Whatever happens to positions: what is held of it stays as it is, to the bit."""
+    cache, blocks, quantize = new_cache(model), [], Quantization.quantize
+    monkeypatch.setattr(
+        Quantization, "quantize", lambda self, states, *args: blocks.append(len(states)) or quantize(self, states, *args)
+    )
+    states, snapshots = None, []
+    for token in range(NUM_TOKENS):
+        feed(model, cache, random_ids(1, seed=token), [1])
+        states = cache._groups[0].states[0]
+        snapshots.append((states._num_quantized(token + 1), states.codes.clone()))
+    num_blocks = snapshots[-1][0]
+    assert sum(blocks) == num_blocks * 2 * len(cache.layers) and cache._base[0] > 2 * WINDOW_LENGTH
+    for (before, old), (after, new) in zip(snapshots, snapshots[1:]):
+        for block in range(max(0, after - states.num_blocks), before):
+            slot = block % states.num_blocks
+            assert new[:, :, :, slot].equal(old[:, :, :, slot])
+
+
+def test_a_deep_copy_goes_on_by_itself(model):
+    ids, cache, passes = random_ids(NUM_TOKENS), new_cache(model), [[]]
+    feed_on(model, cache, ids, [70], passes)
+    feed(model, copy.deepcopy(cache), random_ids(60, seed=8), [30] * 2)
+    assert_as_reference(model, cache, feed_on(model, cache, ids, [1] * 60 + [20], passes), ids, passes[0])
+
+
+def test_an_interrupted_pass(model):
+    """Over one token, at which a block is quantized, it can be repeated; over several it can't: tokens have made room for others."""
+    ids, cache, passes = random_ids(100), new_cache(model), [[]]
+    num_seen = NUM_SINK_TOKENS + RESIDUAL + 7 * BLOCK - 1
+    feed_on(model, cache, ids, [num_seen], passes)
+    for size, raises in ((1, contextlib.nullcontext()), (2, pytest.raises(ValueError, match="interrupted"))):
+        branch = copy.deepcopy(cache)
+        handle = model.model.layers[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            feed(model, branch, ids[:, num_seen : num_seen + size], [size])
+        handle.remove()
+        with raises:
+            more = [list(passes[0])]
+            assert_as_reference(model, branch, feed_on(model, branch, ids, [1] * 35, more), ids[:, : num_seen + 35], more[0])
+
+
+def test_what_it_holds_is_bounded_and_counted(model):
+    """Of the four windows' tokens, no more than two blocks beyond one; and each byte of codes, scales and offsets."""
+    cache, sizes = new_cache(model), set()
+    for token in range(NUM_TOKENS):
+        feed(model, cache, random_ids(1, seed=token), [1])
+        if token > 2 * WINDOW_LENGTH:
+            sizes.add(cache.num_bytes_held)
+    states = cache._states[0]
+    assert states.num_whole + states.num_blocks * BLOCK < WINDOW_LENGTH - NUM_SINK_TOKENS + 2 * BLOCK
+    assert max(sizes) - min(sizes) < 600 * len(cache._states)  # what one pass has to know, and another has not
+    layers, heads, head_dim = len(cache.layers), 2, 8
+    group = BLOCK + 4 if cache.quantization.backend == "fp8" else BLOCK // 2 + 4 + 4
+    blocks = layers * heads * states.num_blocks * head_dim * group
+    whole = layers * heads * states.num_whole * head_dim * 4
+    assert states.codes.nbytes + states.scales.nbytes + states.offsets.nbytes == blocks
+    assert 2 * (blocks + whole) < min(sizes)
+    window = 256
+    held = []
+    for quantized in (None, {"q_group_size": 32, "residual_length": 32, "backend": "fp8"}):
+        cache = SinkCache.from_model(model, window, 4, quantized=quantized)
+        feed(model, cache, random_ids(300), [300])
+        held.append(cache.num_bytes_held)
+    # Of float32, a quarter for codes and a little for scales; but for 64 tokens, which are as they came.
+    assert held[1] < 0.65 * held[0]
+
+
+def test_generate(model):
+    """By the names of transformers, and the same text as from a loop of one's own."""
+    needs("quanto")
+    options = {"backend": "quanto", "nbits": 2, **OPTIONS}
+    arguments = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS, "do_sample": False, "max_new_tokens": 60}
+    arguments |= {"return_dict_in_generate": True, "output_logits": True}
+    prompt, passes = random_ids(40), [[]]
+    outputs = generate(prompt, model=model, cache_implementation="quantized", cache_config=options, **arguments)
+    config = copy.deepcopy(model.generation_config)
+    config.cache_implementation, config.cache_config = "quantized", options
+    again = generate(prompt, config, model=model, **arguments)
+    assert outputs.sequences.equal(again.sequences)
+    cache = new_cache(model, nbits=2)
+    assert cache.quantization == outputs.past_key_values.quantization
+    text = outputs.sequences[:, :-1]
+    logits = feed_on(model, cache, text, [32, 8] + [1] * 59, passes)
+    assert_same(torch.stack(outputs.logits, dim=1), logits[:, 39:])
+    assert "quantized={'backend': 'quanto', 'nbits': 2}" in repr(outputs.past_key_values)
+    beams = generate(prompt, model=model, cache_implementation="quantized", cache_config=options, num_beams=3, **arguments)
+    assert beams.sequences.shape == (1, 100)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"backend": "awq"}, "backend='awq' does not quantize caches. Use one of quanto, hqq, fp8"),
+        ({"backend": None, "nbits": 8}, "nbits=8 can't be used with backend='quanto'. Use one of 2, 4"),
+        ({"backend": "fp8", "nbits": 8}, "nbits=8 can't be used with backend='fp8'. Leave it out"),
+        ({"axis_key": 1}, "axis_key=1 can't be used with backend='quanto'. Use one of 0, -1"),
+        ({"backend": "HQQ", "axis_value": -1}, "axis_value=-1 can't be used with backend='hqq'. Use one of 0, 1"),
+        ({"q_group_size": 12}, "q_group_size must be a positive multiple of 8, got 12"),
+        ({"q_group_size": 0}, "q_group_size must be a positive multiple of 8, got 0"),
+        ({"residual_length": -1}, "residual_length must be an int of at least 0, got -1"),
+        ({"bits": 4}, "cache_config has no option bits. It takes backend, nbits, axis_key,"),
+        ({}, "window_length=32 with num_sink_tokens=4 leaves nothing to quantize: residual_length=128"),
+        (4, r"cache_config must be a dict, got 4 \(int\)"),
+    ],
+)
+def test_options_that_are_refused(model, options, message):
+    numbers = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+    for call in (
+        lambda: SinkCache.from_model(model, quantized=options, **numbers),
+        lambda: generate(random_ids(5), model=model, cache_implementation="quantized", cache_config=options, **numbers),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_config_object_of_an_older_release(model):
+    """With transformers 4.52 to 4.55, a generation config makes one of a dict, with options that have no meaning here."""
+    needs("quanto")
+    config = type("QuantizedCacheConfig", (), {})()
+    vars(config).update(backend="quanto", nbits=2, axis_key=0, axis_value=0, q_group_size=64, residual_length=128, device="cpu")
+    assert Quantization.of(config) == Quantization(nbits=2)
+
+
+def test_a_backend_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    for backend, package in (("quanto", "optimum-quanto"), ("hqq", "hqq")):
+        with pytest.raises(ImportError, match=f"pip install {package}"):
+            SinkCache(quantized={"backend": backend})
+    SinkCache(quantized={"backend": "fp8"})
+
+
+def test_what_does_not_go_together(model):
+    numbers = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+    options = OPTIONS | {"backend": "fp8"}
+    for modes in (
+        {"static": True, "offloaded": True},
+        {"static": True, "quantized": options},
+        {"offloaded": True, "quantized": options},
+    ):
+        with pytest.raises(ValueError, match="can't be .* at once"):
+            SinkCache(**numbers, **modes)
+    with pytest.raises(ValueError, match='cache_config configures cache_implementation="quantized"'):
+        generate(random_ids(5), model=model, cache_config=options, **numbers)
+    plain, quantized = SinkCache.from_model(model, **numbers), SinkCache.from_model(model, quantized=options, **numbers)
+    for cache, asked, message in (
+        (plain, {"cache_implementation": "quantized"}, "is not quantized.*made with quantized="),
+        (quantized, {"cache_implementation": "offloaded"}, "is not offloaded.*made with offloaded=True"),
+        (
+            quantized,
+            {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
+            "cache_config=.*was made with Quant",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(random_ids(5), model=model, past_key_values=cache, **asked)
+    generate(random_ids(5), model=model, past_key_values=quantized, cache_implementation="quantized", max_new_tokens=2)
+    assert quantized.num_tokens_seen == 6
