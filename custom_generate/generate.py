@@ -33,6 +33,8 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import Cache, DynamicCache, GenerationMixin, LogitsProcessor, cache_utils
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import is_torchdynamo_compiling, logging
 
 logger = logging.get_logger(__name__)
@@ -139,9 +141,17 @@ def _input_device(model: torch.nn.Module) -> torch.device:
     return torch.device(devices[0] if devices else "cpu")
 
 
+def _shallow_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """As `copy.copy`, also for a class that does not let it (FSDP2), and with what model.compile() has made."""
+    view = object.__new__(type(model))
+    vars(view).update(vars(model))
+    return view
+
+
 def _as_written(model: torch.nn.Module) -> torch.nn.Module:
     """The model as it is when nobody compiles it, sharing all else: a pass of a shape that comes once is not worth a graph."""
-    view = copy.copy(model)  # without what model.compile() has made
+    view = _shallow_copy(model)
+    view._compiled_call_impl = None  # model.compile()
     forward = getattr(model.forward, "_torchdynamo_orig_callable", None)  # model.forward = torch.compile(model.forward)
     if forward is not None:
         view.forward = forward
@@ -424,7 +434,8 @@ class Probe:
 
         self.positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 3, self.turns_at - 3} - {-1}))
         with self._looking():
-            vocab_size = model.get_input_embeddings().weight.shape[0]
+            embeddings = model.get_input_embeddings()
+            vocab_size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]  # ZeRO-3 leaves a weight of no rows
             a, b = vocab_size // 3, 2 * vocab_size // 3
             self.texts = torch.tensor([[a, a, b], [b, b, a], [a, a, (a + b) // 2]])
             # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
@@ -2474,7 +2485,10 @@ def generate(
         kwargs["inputs" if inputs_embeds is None else "input_ids"] = History.of(input_ids)
     if generation_config is not None:
         kwargs["generation_config"] = _without_cache_options(generation_config)
-    view = _view(model, cache, unseen, chunk_size)
+    if synced_gpus is None:  # as transformers decides
+        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+        synced_gpus = is_sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    view = _view(model, cache, unseen, chunk_size, synced_gpus)
     _prepare_processors(view, prompt, num_copies, guidance)
     outputs = type(model).generate(
         view,
@@ -2496,26 +2510,31 @@ def generate(
     return outputs
 
 
-def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size: int | None) -> torch.nn.Module:
+def _view(
+    model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size: int | None, synced_gpus: bool
+) -> torch.nn.Module:
     """A shallow copy of the model that shares all of it, but prepares the inputs of a forward pass for the cache.
 
     The model stays as it is, whatever happens; and several threads can have views of one model.
     """
-    view = copy.copy(model)
-    view._compiled_call_impl = model._compiled_call_impl  # of model.compile(): no copy has it
+    view = _shallow_copy(model)
     view.generation_config = _without_cache_options(model.generation_config)
     prepare_inputs, update_kwargs = model.prepare_inputs_for_generation, model._update_model_kwargs_for_generation
     device = _input_device(model)
     num_other = None  # columns of `input_ids` less tokens seen: a constant, once the prompt has been fed
+    is_idle = False  # this text has ended, and those of other processes have not
 
     @functools.wraps(prepare_inputs)
     def prepare_inputs_for_generation(input_ids, *args, **kwargs):
         nonlocal num_other
         others = prepare_inputs(input_ids[:, -1:], *args, **kwargs | {"past_key_values": None})
         others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
+        if is_idle:
+            return others | _idle_pass(input_ids.to(device), "input_ids")
         if num_other is not None:
             return others | cache.prepare(input_ids[:, num_other + cache.get_seq_length() :].to(device))
-        chunk = _feed_all_but_last_chunk(model, cache, prompt, chunk_size, others)
+        is_unfinished = functools.partial(model._has_unfinished_sequences, synced_gpus=synced_gpus, device=input_ids.device)
+        chunk = _feed_all_but_last_chunk(model, cache, prompt, chunk_size, others, is_unfinished)
         num_copies = (len(input_ids) or 1) // len(chunk.tokens)
         if num_copies > 1:
             chunk = chunk.repeat(num_copies)
@@ -2532,26 +2551,45 @@ def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size
             updated["cache_position"] = updated["cache_position"][-1:]
         return updated
 
+    @functools.wraps(model._has_unfinished_sequences)
+    def has_unfinished_sequences(this_peer_finished, *args, **kwargs):
+        nonlocal is_idle
+        is_idle = synced_gpus and bool(this_peer_finished)
+        return model._has_unfinished_sequences(this_peer_finished, *args, **kwargs)
+
     view.prepare_inputs_for_generation = prepare_inputs_for_generation
+    view._has_unfinished_sequences = has_unfinished_sequences
     view._update_model_kwargs_for_generation = update_model_kwargs_for_generation
     _stop_counting(view)
     return view
 
 
 def _feed_all_but_last_chunk(
-    model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size: int | None, others: dict
+    model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size: int | None, others: dict, is_unfinished
 ) -> "Prompt":
-    """Run a prompt through the model but for its last chunk, which is returned for `generate` to go on with."""
+    """Run a prompt through the model but for its last chunk, which is returned for `generate` to go on with.
+
+    `is_unfinished(done)` says if there is more to do, here or in another process with which this one has to keep step.
+    """
     others = {name: value for name, value in others.items() if not name.startswith("output_")}
     as_written = _as_written(model)
     filling, full = (chunk_size, chunk_size) if chunk_size is not None else DEFAULT_PREFILL_CHUNK_SIZE
     while True:
         size = filling if cache.num_tokens_seen < cache.window_length else full
         size = min(size, cache.num_columns_at_once)
-        if prompt.num_columns <= size:
+        is_last = prompt.num_columns <= size
+        if not is_unfinished(is_last):
             return prompt
-        chunk, prompt = prompt.split(size)
-        as_written(**others | cache.prepare(**chunk.arguments))
+        if is_last:
+            as_written(**others | _idle_pass(prompt.tokens, prompt.name))
+        else:
+            chunk, prompt = prompt.split(size)
+            as_written(**others | cache.prepare(**chunk.arguments))
+
+
+def _idle_pass(tokens: torch.Tensor, name: str) -> dict:
+    """A pass that only keeps step: where weights are sharded (`synced_gpus`), no process can run the model alone."""
+    return {name: tokens[:, -1:], "use_cache": False}
 
 
 def _prepare_processors(view: torch.nn.Module, prompt: "Prompt", num_copies: int, guidance: "Guidance | None") -> None:
