@@ -834,7 +834,7 @@ class States:
 
     def begin(self, step: Step, is_recording: bool, at_cursor: bool) -> None:
         """Before a pass: make room, and bring the sinks to where its queries need them, or say where (at the cursor)."""
-        self.step = step
+        self.step, self._copies_turn = step, None
         self._reserve(step.num_held)
         if is_recording:
             rows, slots, tokens = step.written(len(self.slots[0]))
@@ -1455,6 +1455,7 @@ class SinkCache(Cache):
         if limit is not None and max(after - start for after, start in zip(num_seen_after, base)) > limit:
             raise ValueError(f"{num_columns} tokens at once go past the {limit} positions of this model. Feed fewer at once.")
 
+        self.unseen_token_ids = None
         if self._batch_size == -1:
             self._batch_size = batch_size
             for group in self._groups:
@@ -1673,6 +1674,8 @@ class SinkCache(Cache):
                 LinearAttentionLayer.reorder_cache(layer, index)
         if self._token_ids is not None:
             self._token_ids = self._token_ids.index_select(0, index.to(self._token_ids.device))
+        if self.unseen_token_ids is not None:
+            self.unseen_token_ids = [self.unseen_token_ids[row] for row in index.tolist()]
         self._batch_size = len(index)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -1724,7 +1727,7 @@ class SinkCache(Cache):
             for rows, slots, tokens, old in reversed(self._token_log):
                 undone = tokens >= torch.tensor(num_left * (self._batch_size // len(num_left)), device=tokens.device)[rows]
                 self._token_ids[rows[undone], slots[undone]] = old[undone]
-            self._num_seen = num_left
+            self._num_seen, self.unseen_token_ids = num_left, None
         self._forget_recorded()
 
     def _forget_recorded(self) -> None:
@@ -1928,7 +1931,7 @@ def _view(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size
             chunk = chunk.repeat(num_copies)
             cache.batch_repeat_interleave(num_copies)
         prepared = cache.prepare(**chunk.arguments)
-        num_other = input_ids.shape[1] - cache.get_seq_length() - chunk.num_columns
+        num_other = input_ids.shape[1] - max(cache._pass.num_seen_after)  # of the row that is the longest now
         return others | prepared
 
     @functools.wraps(update_kwargs)
