@@ -923,7 +923,6 @@ class States:
             self._sinks = _selected(self._sinks, 2, index)
         if len(self._sinks_are_at) > 1:
             self._sinks_are_at = [self._sinks_are_at[row] for row in index.tolist()]
-        self.log = []
 
     def _reserve(self, num_slots: int) -> None:
         """Make room, at least doubling it each time, so that a short text does not pay for the whole window."""
@@ -1379,11 +1378,11 @@ class SinkCache(Cache):
             for states in self._states:
                 states.end()
         self._record(finished.input_ids, finished.steps[self._window])
-        self._num_seen = finished.num_seen_after
         if self._is_recording:
-            self._num_recorded += finished.num_columns
+            self._num_recorded += min(after - seen for after, seen in zip(finished.num_seen_after, self._num_seen))
             if any(not step.can_be_undone for step in finished.steps.values()):
                 self._forget_recorded()
+        self._num_seen = finished.num_seen_after
 
     def _begin_unprepared(self, batch_size: int, num_columns: int) -> None:
         """A pass whose positions and masks the model makes by itself, from what `get_seq_length` and `get_mask_sizes` say."""
@@ -1677,6 +1676,7 @@ class SinkCache(Cache):
         if self.unseen_token_ids is not None:
             self.unseen_token_ids = [self.unseen_token_ids[row] for row in index.tolist()]
         self._batch_size = len(index)
+        self._forget_recorded()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`."""
