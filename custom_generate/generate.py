@@ -27,6 +27,7 @@ import copy
 import functools
 import importlib
 import inspect
+import operator
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -884,7 +885,7 @@ class States:
 
     def begin(self, step: Step, is_recording: bool, at_cursor: bool) -> None:
         """Before a pass: make room, and bring the sinks to where its queries need them, or say where (at the cursor)."""
-        self.step = step
+        self.step, self._copies_turn = step, None
         self._reserve(step.num_held)
         if is_recording:
             rows, slots, tokens = step.written(len(self.slots[0]))
@@ -973,7 +974,6 @@ class States:
             self._sinks = _selected(self._sinks, 2, index)
         if len(self._sinks_are_at) > 1:
             self._sinks_are_at = [self._sinks_are_at[row] for row in index.tolist()]
-        self.log = []
 
     def _reserve(self, num_slots: int) -> None:
         """Make room, at least doubling it each time, so that a short text does not pay for the whole window."""
@@ -1955,11 +1955,11 @@ class SinkCache(Cache):
             for states in self._states:
                 states.end()
         self._record(finished.input_ids, finished.steps[self._window])
-        self._num_seen = finished.num_seen_after
         if self._is_recording:
-            self._num_recorded += finished.num_columns
+            self._num_recorded += min(after - seen for after, seen in zip(finished.num_seen_after, self._num_seen))
             if not all(states.can_undo(finished.steps[states.window]) for states in self._states):
                 self._forget_recorded()
+        self._num_seen = finished.num_seen_after
 
     def _begin_unprepared(self, batch_size: int, num_columns: int) -> None:
         """A pass whose positions and masks the model makes by itself, from what `get_seq_length` and `get_mask_sizes` say."""
@@ -2031,6 +2031,7 @@ class SinkCache(Cache):
         if limit is not None and max(after - start for after, start in zip(num_seen_after, base)) > limit:
             raise ValueError(f"{num_columns} tokens at once go past the {limit} positions of this model. Feed fewer at once.")
 
+        self.unseen_token_ids = None
         if self._batch_size == -1:
             self._batch_size = batch_size
             for group in self._groups:
@@ -2255,7 +2256,10 @@ class SinkCache(Cache):
                 LinearAttentionLayer.reorder_cache(layer, index)
         if self._token_ids is not None:
             self._token_ids = self._token_ids.index_select(0, index.to(self._token_ids.device))
+        if self.unseen_token_ids is not None:
+            self.unseen_token_ids = [self.unseen_token_ids[row] for row in index.tolist()]
         self._batch_size = len(index)
+        self._forget_recorded()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`."""
@@ -2306,7 +2310,7 @@ class SinkCache(Cache):
             for rows, slots, tokens, old in reversed(self._token_log):
                 undone = tokens >= torch.tensor(num_left * (self._batch_size // len(num_left)), device=tokens.device)[rows]
                 self._token_ids[rows[undone], slots[undone]] = old[undone]
-            self._num_seen = num_left
+            self._num_seen, self.unseen_token_ids = num_left, None
         self._forget_recorded()
 
     def _forget_recorded(self) -> None:
@@ -2540,7 +2544,7 @@ def _view(
             chunk = chunk.repeat(num_copies)
             cache.batch_repeat_interleave(num_copies)
         prepared = cache.prepare(**chunk.arguments)
-        num_other = input_ids.shape[1] - cache.get_seq_length() - chunk.num_columns
+        num_other = input_ids.shape[1] - max(cache._pass.num_seen_after)  # of the row that is the longest now
         return others | prepared
 
     @functools.wraps(update_kwargs)
@@ -2565,7 +2569,12 @@ def _view(
 
 
 def _feed_all_but_last_chunk(
-    model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size: int | None, others: dict, is_unfinished
+    model: torch.nn.Module,
+    cache: SinkCache,
+    prompt: "Prompt",
+    chunk_size: int | None,
+    others: dict,
+    is_unfinished: Callable[[bool], bool] = operator.not_,
 ) -> "Prompt":
     """Run a prompt through the model but for its last chunk, which is returned for `generate` to go on with.
 

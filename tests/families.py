@@ -94,6 +94,7 @@ FAMILIES = {
     "glm4": ("Glm4Config", {"head_dim": 8, "partial_rotary_factor": 0.5}),
     "stablelm": ("StableLmConfig", {"partial_rotary_factor": 0.5}),
     "olmo2": ("Olmo2Config", {}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1], "layer_types": None}),
     "gpt-oss": (
         "GptOssConfig",
         {

@@ -143,3 +143,88 @@ def oracle_logits(
             if states is not None:  # a window of one token keeps none
                 stored[index].append(tuple(each[:, :, -1:] for each in states))
     return torch.cat(logits, dim=1)
+
+
+class Text:
+    """A text as `GrowingOracle` has seen it: its last token, what the model cached for that, the logits, and the text before it."""
+
+    def __init__(self, before: "Text | None" = None, token: int | None = None):
+        self.before, self.token = before, token
+        self.length: int = 0 if before is None else before.length + 1
+        self.logits: torch.Tensor | None = None  # [vocab]
+        self.states: list[tuple | None] = []  # keys and values of the token, by layer
+        self.moved_sinks: dict[int, list] = {}  # of a text that is all sinks: block of shifts -> states by layer
+        self.longer: dict[int, Text] = {}
+
+    @property
+    def tokens(self) -> list[int]:
+        return [text.token for text in self.last(self.length)]
+
+    def last(self, num: int) -> "list[Text]":
+        """The texts that end in the last `num` tokens, the longest last."""
+        texts, text = [], self
+        while text.before is not None and len(texts) < num:
+            texts.append(text)
+            text = text.before
+        return texts[::-1]
+
+
+class GrowingOracle:
+    """`oracle_logits` for texts that grow token by token and branch: each beginning that texts share is computed once."""
+
+    SHIFTS_AT_ONCE = 32
+
+    def __init__(self, model, window_length: int, num_sink_tokens: int):
+        self.model, self.window_length, self.num_sinks = model, window_length, num_sink_tokens
+        self.windows = native_windows(model, window_length)
+        self.has_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.empty, self.num_computed = Text(), 0
+
+    def append(self, text: Text, token: int) -> Text:
+        if token not in text.longer:
+            text.longer[token] = self._compute(text, token)
+        return text.longer[token]
+
+    @torch.no_grad()
+    def _compute(self, text: Text, token: int) -> Text:
+        grown, cache, num_kept = Text(text, token), new_cache(self.model, self.windows), []
+        is_full = text.length >= self.window_length
+        recent, sinks = text.last(self.window_length), None
+        if is_full and self.num_sinks:
+            first = text
+            while first.length > self.num_sinks:
+                first = first.before
+            sinks = self._moved(first, text.length - self.window_length + 1)
+        for index, window in enumerate(self.windows):
+            num = window - 1 if window is not None else self.window_length - self.num_sinks - 1 if is_full else len(recent)
+            kept = [each.states[index] for each in recent[max(len(recent) - num, 0) :] if each.states[index] is not None]
+            if window is None and sinks is not None:
+                kept = [sinks[index], *kept]
+            if kept:
+                cache.update(torch.cat([keys for keys, _ in kept], 2), torch.cat([values for _, values in kept], 2), index)
+            num_kept.append(sum(keys.shape[2] for keys, _ in kept))
+        mask = None
+        if any(self.windows) and not MODELS_ASK_FOR_QUERY_OFFSET:
+            layer_types = layer_types_of(self.model.config.get_text_config(decoder=True))
+            masks = [torch.zeros(1, 1, 1, num + 1) for num in num_kept]
+            mask = dict(zip(layer_types, masks)) if layer_types else masks[0]
+        grown.logits = self._run([token], torch.tensor([text.length]), cache, mask)[0, -1]
+        states = [states_of(cache, index) for index in range(len(self.windows))]
+        grown.states = [each and tuple(state[:, :, -1:].clone() for state in each) for each in states]
+        self.num_computed += 1
+        return grown
+
+    def _moved(self, sinks: Text, shift: int) -> list[tuple]:
+        """The states of the sinks, by layer, as the model computes them at positions `shift` and so on."""
+        block, row = divmod(shift, self.SHIFTS_AT_ONCE)
+        if block not in sinks.moved_sinks:
+            cache, shifts = new_cache(self.model, self.windows), torch.arange(self.SHIFTS_AT_ONCE) + block * self.SHIFTS_AT_ONCE
+            self._run(sinks.tokens, shifts, cache)
+            sinks.moved_sinks[block] = [states_of(cache, index) for index in range(len(self.windows))]
+        return [each and tuple(state[row : row + 1] for state in each) for each in sinks.moved_sinks[block]]
+
+    def _run(self, tokens: list[int], first_positions: torch.Tensor, cache: DynamicCache, mask=None) -> torch.Tensor:
+        positions = first_positions[:, None] + torch.arange(len(tokens))
+        positions = {"position_ids": positions} if self.has_positions else {}
+        ids = torch.tensor([tokens]).expand(len(first_positions), -1)
+        return self.model(ids, past_key_values=cache, use_cache=True, attention_mask=mask, **positions).logits

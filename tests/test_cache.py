@@ -175,6 +175,27 @@ def test_what_was_recorded_is_let_go(model):
     assert_goes_on(model, cache, streams, 60)
 
 
+def test_what_was_recorded_is_what_the_row_with_the_fewest_new_tokens_has(model):
+    """A row that went on by one token, beside one that went on by four, has nothing recorded of its tokens before."""
+    cache, streams = filled(model, 50, num_rows=2)
+    cache.activate_past_recording()
+    feed(model, cache, random_ids(4, seed=77, num_rows=2), [4], torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]]))
+    with pytest.raises(ValueError, match="last 1 evicted was recorded"):
+        cache.crop(-3)
+    cache.crop(-1)
+    assert cache.num_tokens_seen_by_row == [53, 50]
+
+
+def test_what_was_recorded_of_other_rows_is_not_put_back(model):
+    cache, streams = filled(model, 50, num_rows=2)
+    cache.activate_past_recording()
+    feed(model, cache, streams[:, 50:54], [4])
+    cache.batch_select_indices(torch.tensor([1]))
+    with pytest.raises(ValueError, match="last 0 evicted was recorded"):
+        cache.crop(-1)
+    assert_goes_on(model, cache, streams[1:], 54)
+
+
 def test_crop_refuses_what_it_can_not_restore(model):
     """Also a pass that is itself longer than a window: what it evicted of its own tokens was never held."""
     cache, streams = filled(model, 50)

@@ -315,6 +315,50 @@ def test_several_turns_of_a_padded_batch(model):
             texts[row] = torch.cat([text, answer, random_ids(1 + 4 * row, seed=70 + turn)], dim=1)
 
 
+def test_the_longest_row_may_be_another_one_after_a_turn(model):
+    """Rows go on by different numbers of tokens. Would catch new tokens that are counted from the row that was the longest before:
+    the next pass would be given tokens that the cache has seen."""
+    cache, texts = SinkCache(**WINDOW), [random_ids(40, seed=2), random_ids(36, seed=3)]
+    for num_new in (1, 1), (1, 10), (12, 1), (1, 9):
+        texts = [torch.cat([text, random_ids(num)], dim=1) for text, num in zip(texts, num_new)]
+        ids, mask = left_padded(texts)
+        outputs = generate(ids, attention_mask=mask, model=model, past_key_values=cache, max_new_tokens=5, **WINDOW, **RECORD)
+        for row, text in enumerate(texts):
+            num_padding = ids.shape[1] - text.shape[1]
+            assert_logits_follow_the_rules(model, outputs, text.shape[1], row=row, num_padding=num_padding)
+            texts[row] = outputs.sequences[row : row + 1, num_padding:]
+        assert cache.num_tokens_seen_by_row == [text.shape[1] - 1 for text in texts]
+
+
+@pytest.mark.parametrize("fed_by_hand", [True, False])
+def test_the_token_returned_last_counts_only_until_the_cache_goes_on(model, fed_by_hand):
+    """What `generate` has chosen last is what new tokens have to begin with; but not once it was fed, or taken back with others."""
+    cache, text = SinkCache(**WINDOW), random_ids(40)
+    text = generate(text, model=model, past_key_values=cache, max_new_tokens=5)
+    if fed_by_hand:
+        with torch.no_grad():
+            model(**cache.prepare(text[:, -1:]))
+    else:
+        cache.reset()
+        text = generate(text[:, :10], model=model, past_key_values=cache, max_new_tokens=5)[:, :-2]
+        cache.crop(-1)
+    assert cache.unseen_token_ids is None
+    new = random_ids(4, seed=9)
+    outputs = generate(new, model=model, past_key_values=cache, max_new_tokens=5, **RECORD)
+    assert_logits_follow_the_rules(model, outputs, 4, history=text)
+
+
+def test_the_token_returned_last_goes_along_with_its_row(model):
+    cache, texts = SinkCache(**WINDOW), random_ids(20, num_rows=3)
+    texts = generate(texts, model=model, past_key_values=cache, max_new_tokens=5)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    assert cache.unseen_token_ids == texts[[2, 0], -1].tolist()
+    new = torch.cat([texts[[2, 0], -1:], random_ids(3, num_rows=2)], dim=1)
+    outputs = generate(new, model=model, past_key_values=cache, max_new_tokens=5, **RECORD)
+    for row, text in enumerate(texts[[2, 0], None, :-1]):
+        assert_logits_follow_the_rules(model, outputs, 4, row=row, history=text)
+
+
 def test_a_turn_after_beams_goes_on_with_every_beam(model):
     prompt = random_ids(20)
     cache = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
