@@ -58,7 +58,6 @@ def test_streams_in_threads_do_not_touch_each_other(name, options):
     model = build_model(name, "sdpa")
     prompts = [random_ids(length, seed=length) for length in (3, 30, 75)]
     before = dict(vars(model))
-    expected = list(prompts)
     caches, texts, reference = [None] * 3, list(prompts), build_model(name, "sdpa")
 
     def stream(index, barrier):
@@ -72,14 +71,12 @@ def test_streams_in_threads_do_not_touch_each_other(name, options):
         barrier = threading.Barrier(3)
         outputs = in_threads(*(lambda index=index: stream(index, barrier) for index in range(3)))
         caches, texts = [each.past_key_values for each in outputs], [each.sequences for each in outputs]
-    for index in range(3):
-        for _ in range(3):  # one after the other, on a model of its own
-            output = generate(
-                expected[index], model=reference, max_new_tokens=NUM_NEW, past_key_values=None if _ == 0 else cache,
-                return_dict_in_generate=True, **(WINDOW | options if _ == 0 else {}),
-            )  # fmt: skip
-            expected[index], cache = output.sequences, output.past_key_values
-        assert texts[index].equal(expected[index])
+    for index, text in enumerate(prompts):  # one after the other, on a model of its own
+        arguments = WINDOW | options
+        for _ in range(3):
+            output = generate(text, model=reference, max_new_tokens=NUM_NEW, return_dict_in_generate=True, **arguments)
+            text, arguments = output.sequences, {"past_key_values": output.past_key_values}
+        assert texts[index].equal(text)
     assert len({tuple(text[0, -20:].tolist()) for text in texts}) == 3
     assert vars(model) == before and not any(users in vars(cache) for cache in caches for users in ("_call", "_change"))
 
