@@ -16,23 +16,31 @@ The file is three ideas, each a small thing that can be read by itself, and what
     3. `Step`            what each query of one forward pass may see, and where the pass writes
        `Cursor`          the same in tensors, for a compiled pass over one token
        `States`          the keys and values themselves
-       `SinkCache`       the transformers cache
+       `SinkCache`       the transformers cache; `Saved`, one on disk
        `generate`        what `custom_generate` calls; `History`, a text that grows without being copied
 
-Nothing here opens a file or a connection, changes anything global, or leaves anything on the model.
+Nothing here opens a connection, changes anything global, or leaves anything on the model. No file is opened but the one whose path is
+passed to `SinkCache.save` or `load`.
 """
 
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib
 import inspect
+import json
 import operator
+import os
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import Cache, DynamicCache, GenerationMixin, LogitsProcessor, cache_utils
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -113,6 +121,38 @@ def _recurrent_states(layer) -> list[torch.Tensor]:
     states = [layer.conv_states, layer.recurrent_states]
     states = [each for state in states for each in (state.values() if isinstance(state, dict) else [state])]
     return [state for state in states if state is not None]
+
+
+def _named_states(layer) -> dict[str, torch.Tensor]:
+    """Those states by names that say where they belong: `conv_states.0`."""
+    kinds = {name: getattr(layer, name) for name in ("conv_states", "recurrent_states")}
+    kinds = {name: states if isinstance(states, dict) else {0: states} for name, states in kinds.items()}
+    return {f"{name}.{key}": state for name, states in kinds.items() for key, state in states.items() if state is not None}
+
+
+def _restore_recurrent(layer, states: dict[str, torch.Tensor], has_previous_state: list[bool]) -> None:
+    """Put named states into a new layer of transformers, which makes their room by itself."""
+    for name, state in states.items():
+        kind, key = name.split(".")
+        place = getattr(layer, kind)
+        has_several = isinstance(place, dict)
+        layer.lazy_initialization(**{kind: state}, **({"state_idx": int(key)} if has_several else {}))
+        (getattr(layer, kind)[int(key)] if has_several else getattr(layer, kind)).copy_(state)
+    if isinstance(layer.has_previous_state, dict):
+        layer.has_previous_state.update(enumerate(has_previous_state))
+    else:
+        (layer.has_previous_state,) = has_previous_state
+
+
+def _num_states(layer) -> int:
+    """How many convolutional and recurrent states a layer has of each."""
+    return getattr(layer, "number_of_states", 1)
+
+
+def _has_previous_state(layer) -> list[bool]:
+    """For each state of a layer, whether any token has been through it."""
+    flags = layer.has_previous_state
+    return list(flags.values()) if isinstance(flags, dict) else [flags]
 
 
 def _cached_states(cache: DynamicCache) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
@@ -243,6 +283,10 @@ class Rotation:
     def fingerprint(self) -> tuple:
         """Equal for equal rotations."""
         return tuple(self.frequency.tolist()), tuple(self.partner.tolist())
+
+    def as_tensor(self) -> torch.Tensor:
+        """Both in one, float32 `[2, head_dim]`."""
+        return torch.stack([self.frequency, self.partner.float()])
 
     def to(self, device: torch.device) -> "Rotation":
         return Rotation(self.frequency.to(device), self.partner.to(device))
@@ -436,7 +480,9 @@ class Probe:
         self.positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 3, self.turns_at - 3} - {-1}))
         with self._looking():
             embeddings = model.get_input_embeddings()
-            vocab_size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]  # ZeRO-3 leaves a weight of no rows
+            vocab_size = (
+                getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+            )  # ZeRO-3 leaves a weight of no rows
             a, b = vocab_size // 3, 2 * vocab_size // 3
             self.texts = torch.tensor([[a, a, b], [b, b, a], [a, a, (a + b) // 2]])
             # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
@@ -853,7 +899,7 @@ class States:
             self._sinks = self._with_partners(
                 self.slots[0].new_zeros(num_layers, batch_size, num_heads, window.num_sinks, head_dim)
             )
-            self._first_turn, self._turns = 0, self._turn_by(torch.arange(NUM_TURNS_AT_ONCE)[:, None, None])
+            self._set_turns(0)
         self.clear()
 
     def follow(self, cursor: Cursor) -> None:
@@ -944,6 +990,49 @@ class States:
         self._sinks_are_new = False  # a pass has written some since they were kept
         self._sinks_are_at = [0]  # by how much the sinks in the slots are moved: one number for each row, or one for all
 
+    def state(self) -> tuple[list[dict[str, torch.Tensor]], dict]:
+        """What a cache that goes on elsewhere has to know: tensors of each layer, and numbers. All else is made again of these, in the
+        same steps, so that it comes out with the same bits. What was recorded for a roll-back stays here."""
+        tensors = [{"slots": held, "rotation": self.rotation.as_tensor()} for held in self.slots]
+        numbers = {"sinks_are_new": self._sinks_are_new, "sinks_are_at": self._sinks_are_at, "first_turn": 0}
+        if self._moves_sinks:
+            tensors = [each | {"sinks": sinks.clone()} for each, sinks in zip(tensors, self._sinks[0])]
+            numbers["first_turn"] = self._first_turn
+        return tensors, numbers
+
+    @staticmethod
+    def take(saved: "Saved", prefix: str, window: Window, shape: tuple, rotation: Rotation, dtype, is_static: bool) -> dict:
+        """The tensors of one layer from a file, checked: no more rows or slots than are really there."""
+        batch_size, num_heads, head_dim = shape
+        num_slots = saved.num_slots(prefix + "slots")
+        if not max(window.num_sinks, window.length if is_static else 1) <= num_slots <= window.length:
+            raise saved.refusal(f"{prefix}slots has room for {num_slots} tokens, and the window is {window.length}")
+        tensors = {
+            "slots": saved.take(prefix + "slots", (batch_size, num_heads, num_slots, head_dim), dtype),
+            "rotation": saved.take(prefix + "rotation", (2, head_dim), torch.float32),
+        }
+        if window.num_sinks > 0 and not rotation.is_identity:
+            shape = (batch_size, num_heads, window.num_sinks, head_dim)
+            tensors["sinks"] = saved.take(prefix + "sinks", shape, torch.float32)
+        here, there = rotation.as_tensor().cpu(), tensors["rotation"]
+        if not torch.allclose(here, there, rtol=1e-4, atol=0):  # another machine may round frequencies differently
+            at = int((here - there).abs().amax(0).argmax())
+            raise saved.refusal(
+                f"{prefix}rotation turns dimension {at} with {there[1, at]:.0f} by {there[0, at]:.6g} a position in the file, and with "
+                f"{here[1, at]:.0f} by {here[0, at]:.6g} in this model"
+            )
+        return tensors
+
+    def restore(self, tensors: list[dict[str, torch.Tensor]], numbers: dict) -> None:
+        """The opposite of `state`, in new states of the same shape."""
+        device = self.slots[0].device
+        self.slots = [each["slots"].to(device, copy=True) for each in tensors]
+        self._look_at_sinks()
+        self._sinks_are_new, self._sinks_are_at = numbers["sinks_are_new"], numbers["sinks_are_at"]
+        if self._moves_sinks:
+            self._sinks = self._with_partners(torch.stack([each["sinks"] for each in tensors]).to(device))
+            self._set_turns(numbers["first_turn"])
+
     def move_back(self, num_positions: list[int]) -> None:
         """Turn what is held of each row back by so many positions, but for the sinks: those follow when a pass begins."""
         if self.rotation.is_identity:
@@ -1007,9 +1096,11 @@ class States:
         if len(shifts) > 1:
             return self._turn_by(torch.tensor(shifts)[:, None])
         if not 0 <= shifts[0] - self._first_turn < NUM_TURNS_AT_ONCE:
-            self._first_turn = shifts[0]
-            self._turns = self._turn_by(torch.arange(shifts[0], shifts[0] + NUM_TURNS_AT_ONCE)[:, None, None])
+            self._set_turns(shifts[0])
         return self._turns[:, shifts[0] - self._first_turn]
+
+    def _set_turns(self, first: int) -> None:
+        self._first_turn, self._turns = first, self._turn_by(torch.arange(first, first + NUM_TURNS_AT_ONCE)[:, None, None])
 
     def _turn_by(self, shift: torch.Tensor) -> torch.Tensor:
         """Cosines and sines that move the sinks by `shift` positions: `[...]` -> `[2, ..., num_sinks, head_dim]`."""
@@ -1509,8 +1600,11 @@ class LayerGroup:
         self.cursor: Cursor | None = None  # in static mode
         self.record_past = False
 
-    def allocate(self, batch_size: int, mask_dtype: torch.dtype, is_static: bool) -> None:
-        """Make room for so many rows; in static mode, in the place that was made for as many before."""
+    def allocate(self, batch_size: int, mask_dtype: torch.dtype, is_static: bool, saved: tuple = ()) -> None:
+        """Make room for so many rows; in static mode, in the place that was made for as many before.
+
+        `saved` has what `States.state` gave, for keys and for values.
+        """
         if is_static and self.cursor is not None and len(self.cursor.rows) == batch_size:
             return
         traits = self.traits
@@ -1518,6 +1612,8 @@ class LayerGroup:
             new_states(self.window, (len(self.layers), batch_size, *shape), rotation, traits.dtype, traits.device)
             for new_states, shape, rotation in zip(self._kinds(), traits.shapes, traits.rotations)
         )
+        for states, state in zip(self.states, saved):
+            states.restore(*state)
         if is_static:
             self._set_cursor(batch_size, mask_dtype)
 
@@ -1531,6 +1627,25 @@ class LayerGroup:
         axes = quantization.axis_key, quantization.axis_value
         by_channel = [quantization.by_channel(axis) for axis in axes]
         return [functools.partial(QuantizedStates, quantization=quantization, by_channel=each) for each in by_channel]
+
+    def restore(self, batch_size: int, mask_dtype: torch.dtype, is_static: bool, saved: "Saved") -> None:
+        """The states in a file. All is checked before any room is made."""
+        states = []
+        for kind, shape, rotation in zip(KINDS, self.traits.shapes, self.traits.rotations):
+            numbers = [saved.number("states", f"{index}.{kind}") for index in self.layers]
+            if any(each != numbers[0] for each in numbers):
+                raise saved.refusal(f"layers {self.layers} are alike here, and not in the file")
+            at, turn = (saved.number("states", f"{self.layers[0]}.{kind}", name) for name in ("sinks_are_at", "first_turn"))
+            if not _are_counts(at, batch_size) or not _are_counts([turn], 1):
+                raise saved.refusal(f"the sinks of layer {self.layers[0]} can't be moved by {at!r:.50} or {turn!r:.50}")
+            of_layers = [
+                States.take(
+                    saved, f"layers.{index}.{kind}.", self.window, (batch_size, *shape), rotation, self.traits.dtype, is_static
+                )
+                for index in self.layers
+            ]
+            states.append((of_layers, numbers[0]))
+        self.allocate(batch_size, mask_dtype, is_static, tuple(states))
 
     def _set_cursor(self, batch_size: int, mask_dtype: torch.dtype) -> None:
         self.cursor = Cursor(self.window, batch_size, mask_dtype, self.traits.device)
@@ -1582,6 +1697,36 @@ def _take_slots(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 SUPPORTED_ATTENTION = ("eager", "sdpa")
 
 
+# Who uses a cache stands in its `__dict__`: `setdefault` there takes it in one step, whatever other threads do. A call of `generate`
+# has it from begin to end, and what changes it, a pass among others, as long as it takes.
+USERS = ("_call", "_change")
+
+
+def _one_thread_at_a_time(method):
+    """Of a method that changes or copies the cache: refuse while another thread uses it."""
+
+    @functools.wraps(method)
+    def guarded(self, *args, **kwargs):
+        thread = threading.get_ident()
+        if vars(self).setdefault("_change", thread) != thread:
+            raise _in_use()
+        try:
+            self._check_not_in_use(thread)
+            return method(self, *args, **kwargs)
+        finally:
+            vars(self).pop("_change", None)
+
+    return guarded
+
+
+def _in_use() -> ValueError:
+    return ValueError(
+        "This SinkCache is in use by another thread or call, and would mix two texts. Give each text a cache of its own, "
+        "SinkCache.from_model(model, ...), or wait until the other is done. (A pass that was begun in another thread and interrupted is "
+        "for that thread to repeat.)"
+    )
+
+
 @dataclass
 class Pass:
     """A forward pass that was begun and has not reached the last layer."""
@@ -1593,6 +1738,7 @@ class Pass:
     is_at_cursor: bool  # one token a row, in static mode
     input_ids: torch.Tensor | None = None
     layers_done: set[int] = field(default_factory=set)
+    thread: int = field(default_factory=threading.get_ident)  # which began it
 
 
 class SinkLayer:
@@ -1693,6 +1839,7 @@ class SinkCache(Cache):
         self._window = Window(window_length, num_sink_tokens)
         self._traits: ModelTraits | None = None
         self._groups: list[LayerGroup] = []
+        self._pass: Pass | None = None
         self.reset()
 
     # What it holds
@@ -1767,9 +1914,18 @@ class SinkCache(Cache):
     @property
     def _num_seen(self) -> list[int]:
         """Tokens seen: one number for each row, or a single one where all rows are alike."""
-        if self._pass is not None and self._pass.is_at_cursor and not self._is_at_cursor:
-            self._finish(self._pass)
-        return self._num_seen_before
+        done = self._done_at_cursor
+        if done is None:
+            return self._num_seen_before
+        if done.thread == threading.get_ident():  # others may look, but not touch
+            self._finish(done)
+        return done.num_seen_after
+
+    @property
+    def _done_at_cursor(self) -> Pass | None:
+        """The last pass, if it was one over one token, in static mode, and has been through all layers: nothing in it could say so."""
+        current = self._pass
+        return current if current is not None and current.is_at_cursor and not self._is_at_cursor else None
 
     @_num_seen.setter
     def _num_seen(self, value: list[int]) -> None:
@@ -1928,7 +2084,7 @@ class SinkCache(Cache):
             keys, values = layer.group.states
             self._is_at_cursor = layer_idx != self._last_layer
             return keys.update_at_cursor(layer.index, key_states), values.update_at_cursor(layer.index, value_states)
-        if self._pass is None or layer_idx in self._pass.layers_done:
+        if self._pass is None or self._pass.is_at_cursor or layer_idx in self._pass.layers_done:  # at the cursor, it is done
             self._begin_unprepared(key_states.shape[0], key_states.shape[2])
         current = self._pass
         is_first = not current.layers_done
@@ -1995,6 +2151,35 @@ class SinkCache(Cache):
                 "custom_generate."
             )
 
+    @contextlib.contextmanager
+    def in_one_call(self):
+        """For a call that runs many passes: meanwhile, no other call and no other thread may use the cache."""
+        call = threading.get_ident(), object()
+        if vars(self).setdefault("_call", call) is not call:
+            raise _in_use()
+        try:
+            self._check_not_in_use(call[0])
+            yield
+        finally:
+            if self._done_at_cursor is not None:
+                self._finish(self._pass)
+            elif self._pass is not None and self._pass.can_be_repeated and self._pass.thread == call[0]:
+                self._pass, self._is_at_cursor = (
+                    None,
+                    False,
+                )  # interrupted, and nothing is lost: whoever comes next begins it anew
+            vars(self).pop("_call")
+
+    def _check_not_in_use(self, thread: int) -> None:
+        """Refuse if another thread is in a call, a change or a pass. What is done of a pass is put on record."""
+        call, change, current, done = vars(self).get("_call"), vars(self).get("_change"), self._pass, self._done_at_cursor
+        if (call or (thread,))[0] != thread or change not in (None, thread):
+            raise _in_use()
+        if current is not None and current is not done and current.thread != thread:
+            raise _in_use()
+        if done is not None:
+            self._finish(done)
+
     def _require_model(self) -> None:
         if self._traits is None:
             raise ValueError(
@@ -2002,6 +2187,7 @@ class SinkCache(Cache):
                 f"window_length={self.window_length}, num_sink_tokens={self.num_sink_tokens}), or generate with custom_generate."
             )
 
+    @_one_thread_at_a_time
     def _begin(self, batch_size: int, num_columns: int, num_new: list[int], is_prepared: bool = True) -> None:
         """Decide all that a pass does. Nothing is changed before everything has been checked."""
         self._require_model()
@@ -2228,6 +2414,7 @@ class SinkCache(Cache):
 
     # The batch
 
+    @_one_thread_at_a_time
     def reset(self) -> None:
         """As new: no tokens, any batch size."""
         self._batch_size = -1
@@ -2243,6 +2430,7 @@ class SinkCache(Cache):
         if self._traits is not None:
             self._make_layers()
 
+    @_one_thread_at_a_time
     def _select_rows(self, index: torch.Tensor) -> None:
         if self._batch_size == -1:
             return
@@ -2285,6 +2473,7 @@ class SinkCache(Cache):
     def _is_recording(self) -> bool:
         return any(group.record_past for group in self._groups)
 
+    @_one_thread_at_a_time
     def crop(self, num_tokens: int) -> None:
         """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if negative, else all but the first so
         many (as before transformers 5). What was recorded until then is let go.
@@ -2312,6 +2501,106 @@ class SinkCache(Cache):
                 self._token_ids[rows[undone], slots[undone]] = old[undone]
             self._num_seen, self.unseen_token_ids = num_left, None
         self._forget_recorded()
+
+    # On disk
+
+    @_one_thread_at_a_time
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the cache to a file, from which `load` goes on as this one would, to the last bit.
+
+        The file is there whole or not at all, and one that was there before is replaced. Recorded drafts (`activate_past_recording`)
+        are not saved: load a cache, and what it has seen stands.
+
+        Raises:
+            ValueError: a pass was begun and has not reached the last layer, or the cache has no model.
+        """
+        self._require_model()
+        if self._pass is not None:
+            raise ValueError(
+                "Can't save in the middle of a pass: it has not been through all layers. Save after the model's forward pass. If it was "
+                "interrupted, run it again first, model(**cache.prepare(...)), or save a copy that was made before."
+            )
+        model = self._model()
+        if model is None:
+            raise ValueError("Can't save a cache whose model is gone: the file has to say which model can go on from it.")
+        tensors, states, has_previous_state = {}, {}, {}
+        for group in self._groups:
+            for kind, (of_layers, numbers) in zip(KINDS, [each.state() for each in group.states]):
+                for index, named in zip(group.layers, of_layers):
+                    states[f"{index}.{kind}"] = numbers
+                    tensors |= {f"layers.{index}.{kind}.{name}": tensor for name, tensor in named.items()}
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, LinearAttentionLayer):
+                has_previous_state[str(index)] = _has_previous_state(layer)
+                tensors |= {f"layers.{index}.recurrent.{name}": tensor for name, tensor in _named_states(layer).items()}
+        if self._token_ids is not None:
+            tensors["token_ids"] = self._token_ids
+        numbers = {"window_length": self.window_length, "num_sink_tokens": self.num_sink_tokens, "static": self.is_static}
+        numbers |= {"batch_size": self._batch_size, "num_seen": self._num_seen, "base": self._base}
+        numbers |= {"unseen_token_ids": self.unseen_token_ids, "states": states, "has_previous_state": has_previous_state}
+        Saved(tensors, numbers | {"model": _identity(model)}).write(path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        model: torch.nn.Module,
+        window_length: int | None = None,
+        num_sink_tokens: int | None = None,
+    ) -> "SinkCache":
+        """The cache that `save` has written to a file, on the device of the model. Nothing in the file is executed.
+
+        Args:
+            model: the one it was made for: same weights, settings and dtype.
+            window_length, num_sink_tokens: what you count on; else they are those in the file.
+
+        Raises:
+            ValueError: the file was cut off or changed, or it holds a cache for another model, dtype or window. Both sides are named.
+        """
+        saved = Saved.read(path)
+        saved.check_made_for(model, window_length, num_sink_tokens)
+        cache = cls.from_model(model, *(saved.number(name) for name in ("window_length", "num_sink_tokens", "static")))
+        cache._restore(saved)
+        return cache
+
+    def _restore(self, saved: "Saved") -> None:
+        batch_size, num_seen, base = saved.number("batch_size"), saved.number("num_seen"), saved.number("base")
+        if not (
+            isinstance(batch_size, int)
+            and (batch_size > 0 or batch_size == -1)
+            and _are_counts(num_seen, batch_size)
+            and _are_counts(base, batch_size)
+            and len(num_seen) == len(base)
+            and all(start <= seen for start, seen in zip(base, num_seen))
+        ):
+            raise saved.refusal(f"{batch_size} rows that have seen {num_seen!r:.50} tokens, counted from {base!r:.50}, can't be")
+        for group in self._groups if batch_size != -1 else ():
+            group.restore(batch_size, self._mask_dtype(group), self.is_static, saved)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, LinearAttentionLayer):
+                saved.restore_recurrent(index, layer, batch_size, self._bound_as[1])
+        if "token_ids" in saved.tensors:
+            ids = saved.take("token_ids", (batch_size, self.window_length), None)
+            self._token_ids = ids.to(self._bound_as[1], copy=True)
+        unseen = saved.number("unseen_token_ids")
+        if unseen is not None and not (
+            isinstance(unseen, list) and len(unseen) == batch_size and _are_counts(unseen, batch_size)
+        ):
+            raise saved.refusal(f"{unseen!r:.50} can't be the last tokens of {batch_size} rows")
+        saved.check_all_was_taken()
+        self._batch_size, self._num_seen, self._base, self.unseen_token_ids = batch_size, num_seen, base, unseen
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "A SinkCache can't be pickled: it belongs to a model. Use cache.save(path) and SinkCache.load(path, model), or "
+            "copy.deepcopy(cache) in one process."
+        )
+
+    @_one_thread_at_a_time
+    def __deepcopy__(self, memo) -> "SinkCache":
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy({name: each for name, each in vars(self).items() if name not in USERS}, memo))
+        return copied
 
     def _forget_recorded(self) -> None:
         self._num_recorded, self._token_log = 0, []
@@ -2349,6 +2638,181 @@ def count_tokens(attention_mask: torch.Tensor) -> list[int]:
             'left, tokenizer(..., padding=True, padding_side="left").'
         )
     return is_token.sum(dim=1).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+KINDS = ("keys", "values")
+SAVED_FORMAT = 1
+# Where a file has its checksum: first in its metadata, whatever the format. It is of the whole file with zeros in this place.
+BEFORE_CHECKSUM, NO_CHECKSUM = b'"sink_cache":"', b"0" * 64
+# What a config says that does not change what a model computes, or that is told otherwise.
+NOT_SETTINGS = frozenset(
+    "dtype torch_dtype transformers_version attn_implementation use_cache output_attentions output_hidden_states return_dict "
+    "bos_token_id eos_token_id pad_token_id".split()
+)
+NUM_WEIGHTS_LOOKED_AT = 64  # of each parameter
+
+
+@dataclass
+class Saved:
+    """A cache on disk: a safetensors file with its tensors and, in the metadata, its numbers as JSON.
+
+    The checksum tells accidents from what was written, not a forger from its author: but a forged file can't do more than put wrong
+    numbers into keys and values. Nothing of it is executed, and no more memory is asked for than a few times its size.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    numbers: dict
+    path: str | os.PathLike = ""
+
+    def write(self, path: str | os.PathLike) -> None:
+        """In a file beside it first, so that there is never half of one under this name."""
+        beside = Path(f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.tmp")
+        numbers = json.dumps({"format": SAVED_FORMAT} | self.numbers)
+        try:
+            save_file(self.tensors, beside, metadata={"sink_cache": NO_CHECKSUM.decode() + numbers})
+            with open(beside, "r+b") as file:
+                _, checksum, place = _checksums(file)
+                file.seek(place)
+                file.write(checksum)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Saved":
+        saved = cls({}, {}, path)
+        with open(path, "rb") as file:
+            written, checksum, _ = _checksums(file)
+        if written is None:
+            raise saved.refusal("it has no checksum, so SinkCache.save has not written it, or it was cut off in its first bytes")
+        if written != checksum:
+            sides = f"its checksum is {written[:16]!r}..., and that of its content {checksum[:16]!r}..."
+            raise saved.refusal(f"it was cut off or changed since it was written: {sides}")
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                saved.numbers = json.loads(file.metadata()["sink_cache"][len(NO_CHECKSUM) :])
+                saved.tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except Exception as error:
+            raise saved.refusal(f"SinkCache.save has not written it ({type(error).__name__}: {error})") from error
+        if saved.number("format") != SAVED_FORMAT:
+            raise saved.refusal(
+                f"it has format {saved.number('format')}, and this code reads format {SAVED_FORMAT}. Update sink_cache"
+            )
+        return saved
+
+    def number(self, *names: str):
+        """What stands under this name in the numbers."""
+        value = self.numbers
+        for name in names:
+            if not isinstance(value, dict) or name not in value:
+                raise self.refusal(f"it does not say {'.'.join(names)}")
+            value = value[name]
+        return value
+
+    def num_slots(self, name: str) -> int:
+        return self.tensors[name].shape[2] if name in self.tensors and self.tensors[name].ndim == 4 else 0
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
+        """A tensor that must have this shape and dtype (None: any whole numbers)."""
+        tensor = self.tensors.pop(name, None)
+        if tensor is None:
+            raise self.refusal(f"it has no {name}, which this model needs")
+        is_right = not tensor.dtype.is_floating_point if dtype is None else tensor.dtype == dtype
+        if tensor.shape != shape or not is_right:
+            raise self.refusal(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} in the file, and {dtype or 'of whole numbers'} {list(shape)} here"
+            )
+        return tensor
+
+    def restore_recurrent(self, index: int, layer, batch_size: int, device: torch.device) -> None:
+        """The recurrent states of a layer, whose shapes only the model knows."""
+        prefix = f"layers.{index}.recurrent."
+        expected = {f"{prefix}{kind}.{key}" for kind in ("conv_states", "recurrent_states") for key in range(_num_states(layer))}
+        states = {name.removeprefix(prefix): self.tensors.pop(name) for name in [*self.tensors] if name in expected}
+        flags = self.number("has_previous_state", str(index))
+        if not isinstance(flags, list) or len(flags) != _num_states(layer) or not all(isinstance(flag, bool) for flag in flags):
+            raise self.refusal(f"layer {index} has {flags!r:.50} states in the file, and {_num_states(layer)} in this model")
+        for name, state in states.items():
+            if state.shape[:1] != (batch_size,):
+                raise self.refusal(f"{prefix}{name} is {list(state.shape)} in the file, and has {batch_size} rows here")
+        _restore_recurrent(layer, {name: state.to(device) for name, state in states.items()}, flags)
+
+    def check_all_was_taken(self) -> None:
+        if self.tensors:
+            raise self.refusal(f"it has {min(self.tensors)}, and this model has nothing of that kind")
+
+    def check_made_for(self, model: torch.nn.Module, window_length: int | None, num_sink_tokens: int | None) -> None:
+        for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
+            if value is not None and value != self.number(name):
+                raise self.refusal(f"{name} is {self.number(name)} in the file, and {value} was asked for")
+        here, there = _identity(model), self.number("model")
+        settings = self.number("model", "settings")
+        for name in ("dtype", *sorted(here["settings"].keys() & (settings if isinstance(settings, dict) else {}))):
+            sides = (there.get("dtype"), here["dtype"]) if name == "dtype" else (settings[name], here["settings"][name])
+            if sides[0] != sides[1]:
+                raise self.refusal(
+                    f"it was made for another model: {name} is {sides[0]!r:.80} in the file, and {sides[1]!r:.80} here"
+                )
+        if here["weights"] != there.get("weights"):
+            sides = f"their checksum is {there.get('weights')!r:.18}... in the file, and {here['weights'][:16]!r}... here"
+            raise self.refusal(f"it was made for a model with other weights: {sides}")
+
+    def refusal(self, reason: str) -> ValueError:
+        return ValueError(f"Can't load {os.fspath(self.path)!r} as a SinkCache: {reason}.")
+
+
+def _checksums(file) -> tuple[str | None, bytes | str, int]:
+    """The checksum that stands in a file (None if there is no place for it), that of its content, and the place."""
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(8)
+    head += file.read(min(int.from_bytes(head, "little"), size))  # not more than there is, whatever it says
+    place = head.find(BEFORE_CHECKSUM)
+    if place < 0:
+        return None, "", 0
+    place += len(BEFORE_CHECKSUM)
+    end = place + len(NO_CHECKSUM)
+    checksum = hashlib.sha256(head[:place] + NO_CHECKSUM + head[end:])
+    while chunk := file.read(2**20):
+        checksum.update(chunk)
+    return head[place:end], checksum.hexdigest().encode(), place
+
+
+def _identity(model: torch.nn.Module) -> dict:
+    """What tells a model from others: its dtype, the settings of its config, and a checksum over a few numbers of each parameter.
+
+    It does not see what is not in there: a change to single numbers between those that are looked at, parameters that are elsewhere
+    (offloaded), hooks, and code. Rotations and shapes are compared with those of the layers.
+    """
+    settings = model.config.get_text_config(decoder=True).to_dict()
+    settings = {
+        name: value
+        for name, value in settings.items()
+        if isinstance(value, bool | int | float | str) and name not in NOT_SETTINGS and not name.startswith("_")
+    }
+    checksum = hashlib.sha256()
+    for parameter in model.parameters():
+        checksum.update(repr(tuple(parameter.shape)).encode())
+        if not parameter.is_meta:
+            numbers = parameter.detach().flatten()
+            numbers = numbers[:: max(1, len(numbers) // NUM_WEIGHTS_LOOKED_AT)][:NUM_WEIGHTS_LOOKED_AT]
+            checksum.update(repr(numbers.float().tolist()).encode())
+    return {"dtype": str(model.dtype), "settings": settings, "weights": checksum.hexdigest()}
+
+
+def _are_counts(numbers, num_rows: int) -> bool:
+    """Whether this is a list of whole numbers from 0 on, one for each row or a single one."""
+    return (
+        isinstance(numbers, list)
+        and len(numbers) in (1, num_rows)
+        and all(type(number) is int and 0 <= number < 2**62 for number in numbers)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2400,7 +2864,20 @@ _NEUTRAL_VALUES = {
 NOT_WITH_GUIDANCE = ("num_beams", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
+def _with_its_cache(function):
+    """Of `generate`: refuse a cache that another call is using, before it is looked at."""
+
+    @functools.wraps(function)
+    def guarded(*args, **kwargs):
+        cache = kwargs.get("past_key_values")
+        with cache.in_one_call() if _is_sink_cache(cache) else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return guarded
+
+
 @torch.no_grad()
+@_with_its_cache
 def generate(
     inputs: torch.Tensor | None = None,
     generation_config=None,

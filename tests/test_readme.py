@@ -141,7 +141,8 @@ def test_the_commands_run(code, copy_of_repository):
             pytest.importorskip("matplotlib")
         program, *arguments = shlex.split(command)
         assert program == "python"
-        assert json.loads(run([sys.executable, *arguments], copy_of_repository).stdout.strip().splitlines()[-1])
+        said = "import os\n/stats\n"  # to the chat
+        assert json.loads(run([sys.executable, *arguments], copy_of_repository, input=said).stdout.strip().splitlines()[-1])
 
 
 def test_ci_runs_the_test_command_of_the_readme():
