@@ -15,7 +15,7 @@ The file is three ideas, each a small thing that can be read by itself, and what
     2. `Rotation`        how this model moves a key by some positions: found by asking the model, then checked
     3. `Step`            what each query of one forward pass may see, and where the pass writes
        `Cursor`          the same in tensors, for a compiled pass over one token
-       `States`          the keys and values themselves
+       `States`          the keys and values themselves; `StoredStates`, if they are quantized or offloaded
        `SinkCache`       the transformers cache; `Saved`, one on disk
        `generate`        what `custom_generate` calls; `History`, a text that grows without being copied
 
@@ -1125,9 +1125,11 @@ class StoredStates(States):
     `_store` keeps what the pass brought. All else, what a pass sees and how sinks move, is as for states that stay in their slots.
 
     Attributes:
-        turned: the name of what holds states as they came, `[layers, batch, heads, ...]`: turned back when positions are lowered.
+        kept: the names of all tensors that hold what was seen, beside those of the sinks.
+        turned: the name of the one that holds states as they came, `[layers, batch, heads, ...]`: turned back when positions are lowered.
     """
 
+    kept: tuple[str, ...]
     turned: str
 
     def __init__(self, window: Window, shape: tuple[int, ...], rotation: Rotation, dtype: torch.dtype, device: torch.device):
@@ -1200,6 +1202,7 @@ class QuantizedStates(StoredStates):
         moved_at: int64 `[1, batch, 1, num_blocks]`, by how much they had been when each block was quantized.
     """
 
+    kept = ("whole", "codes", "scales", "offsets", "moved_at", "moved")
     turned = "whole"
 
     def __init__(self, *arguments, quantization: "Quantization", by_channel: bool):
@@ -1217,7 +1220,7 @@ class QuantizedStates(StoredStates):
         self.offsets = sinks.new_zeros(*shape, 0, head_dim, quantization.has_offsets)
         self.moved = torch.zeros(batch_size, dtype=torch.long, device=sinks.device)
         self.moved_at = self.moved[None, :, None, None][..., :0]
-        self._turns_until = -1  # as long as no more tokens have been seen, there may be blocks to be turned
+        self._turns_until = -1  # as long as a row has not seen more tokens, there may be blocks to be turned
 
     @property
     def num_intact(self) -> int:
@@ -1235,9 +1238,9 @@ class QuantizedStates(StoredStates):
         if is_recording:
             self._remember(*self._new_whole[:3], "whole")
             self._remember(*self._new_blocks[:3], "codes", "scales", "offsets", "moved_at")
-        self._angles, num_seen = None, max(step.num_before)
-        self._turns_until = min(self._turns_until, num_seen + self.window.length)
-        if num_seen <= self._turns_until:
+        self._angles = None
+        self._turns_until = min(self._turns_until, max(step.num_before) + self.window.length)
+        if min(step.num_before) <= self._turns_until:
             back = self.moved[:, None, None] - self.moved_at[0]
             self._angles = self.rotation.angles(back, torch.zeros_like(back))[..., None, :]  # [batch, 1, num_blocks, 1, head_dim]
         rows, slots = self._new_blocks[:2]  # the pass still sees the blocks that were there
@@ -1264,9 +1267,8 @@ class QuantizedStates(StoredStates):
         first_whole = (num_seen - num_sinks - self.residual_length).clamp(min=0) // length * length
         in_block = token // length % self.num_blocks * length + token % length
         in_whole = self.codes.shape[3] * length + token % self.num_whole
-        self._sources = torch.where(
-            token < first_whole, in_block, in_whole
-        )  # [rows, slots], of all blocks and then the whole ones
+        # [rows, slots], of all blocks and then the whole ones
+        self._sources = torch.where(token < first_whole, in_block, in_whole)
 
         whole, blocks = [], []
         rows = list(zip(step.num_before, step.num_after)) * (len(self.slots[0]) // len(step.num_before))
@@ -1309,10 +1311,9 @@ class QuantizedStates(StoredStates):
 
     def select_rows(self, index: torch.Tensor) -> None:
         super().select_rows(index)
-        index = index.to(self.moved.device)
-        self.moved = _selected(self.moved, 0, index)
-        for name in ("whole", "codes", "scales", "offsets", "moved_at"):
-            setattr(self, name, _selected(getattr(self, name), 1, index))
+        for name in self.kept:
+            rows_dim = 0 if name == "moved" else 1
+            setattr(self, name, _selected(getattr(self, name), rows_dim, index.to(self.moved.device)))
 
 
 class OffloadedStates(StoredStates):
@@ -1325,6 +1326,7 @@ class OffloadedStates(StoredStates):
     On a CPU, all this happens in one memory, with the same copies. (That is how it was tested: the stream was not.)
     """
 
+    kept = ("host",)
     turned = "recent"
 
     def __init__(self, *arguments):
@@ -1444,6 +1446,15 @@ def _wait_for_copies(device: torch.device) -> None:
         torch.cuda.current_stream(device).wait_stream(_copy_stream(device))
 
 
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+# name: (nbits, whether an axis stands for channels, module, package)
+BACKENDS = {
+    "quanto": ((2, 4), {0: False, -1: True}, "optimum.quanto", "optimum-quanto"),
+    "hqq": ((1, 2, 3, 4, 8), {0: True, 1: False}, "hqq.core.quantize", "hqq"),
+    "fp8": ((), {}, None, None),
+}
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How a window is quantized. Options, their names and defaults are those of transformers' `QuantizedCache`.
@@ -1534,10 +1545,7 @@ class Quantization:
         if self.backend == "fp8":
             scales = (groups.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=torch.finfo(groups.dtype).tiny)
             return (groups / scales).to(torch.float8_e4m3fn).view(torch.uint8), scales, scales[..., :0]
-        quantize = _quantize_with_quanto if self.backend == "quanto" else _quantize_with_hqq
-        # Block by block: hqq looks at all groups it is given when it decides how long to search.
-        blocks = [[part.view(*groups.shape[1:3], -1) for part in quantize(block.flatten(0, 1), self.nbits)] for block in groups]
-        codes, scales, offsets = (torch.stack(parts) for parts in zip(*blocks))
+        codes, scales, offsets = (_quantize_with_quanto if self.backend == "quanto" else _quantize_with_hqq)(groups, self.nbits)
         codes = codes.unflatten(-1, (self.num_bytes, -1)) << self._shifts(codes.device)
         return codes.sum(-1, dtype=torch.uint8), scales, offsets
 
@@ -1555,20 +1563,24 @@ class Quantization:
 
 
 def _quantize_with_quanto(groups: torch.Tensor, nbits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Groups `[num_groups, q_group_size]` -> codes uint8, scales and offsets."""
+    """Codes (uint8), scales and offsets of the groups `[..., q_group_size]`."""
     quanto = _backend_module("quanto")
-    qtype = quanto.qint4 if nbits == 4 else quanto.qint2
-    scales, shifts = quanto.MaxOptimizer()(groups, qtype, 0, groups.shape[1])
-    codes = torch.ops.quanto.quantize_affine(groups, nbits, 0, groups.shape[1], scales, shifts)
-    return codes, scales, -shifts
+    flat, qtype = groups.flatten(0, -2), quanto.qint4 if nbits == 4 else quanto.qint2
+    scales, shifts = quanto.MaxOptimizer()(flat, qtype, 0, flat.shape[1])
+    codes = torch.ops.quanto.quantize_affine(flat, nbits, 0, flat.shape[1], scales, shifts)
+    return tuple(part.unflatten(0, groups.shape[:-1]) for part in (codes, scales, -shifts))
 
 
 def _quantize_with_hqq(groups: torch.Tensor, nbits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    quantizer = _backend_module("hqq").Quantizer
-    codes, meta = quantizer.quantize(
-        groups, nbits, group_size=groups.shape[1], axis=1, bitpack=False, compute_dtype=groups.dtype, device=str(groups.device)
-    )
-    return codes.to(torch.uint8), meta["scale"].to(groups.dtype), (-meta["zero"] * meta["scale"]).to(groups.dtype)
+    """The same, block by block: hqq looks at all groups that it is given when it decides how long to search."""
+    quantizer, dtype = _backend_module("hqq").Quantizer, groups.dtype
+    options = {"group_size": groups.shape[-1], "axis": 1, "bitpack": False, "compute_dtype": dtype, "device": str(groups.device)}
+    blocks = []
+    for block in groups:
+        codes, meta = quantizer.quantize(block.flatten(0, -2), nbits, **options)
+        parts = codes.to(torch.uint8), meta["scale"].to(dtype), (-meta["zero"] * meta["scale"]).to(dtype)
+        blocks.append([part.unflatten(0, block.shape[:-1]) for part in parts])
+    return tuple(torch.stack(parts) for parts in zip(*blocks))
 
 
 def _backend_module(backend: str):
@@ -1577,15 +1589,6 @@ def _backend_module(backend: str):
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"backend={backend!r} quantizes by means of {package}: pip install {package}") from error
-
-
-FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-# name: (nbits, whether an axis stands for channels, module, package)
-BACKENDS = {
-    "quanto": ((2, 4), {0: False, -1: True}, "optimum.quanto", "optimum-quanto"),
-    "hqq": ((1, 2, 3, 4, 8), {0: True, 1: False}, "hqq.core.quantize", "hqq"),
-    "fp8": ((), {}, None, None),
-}
 
 
 class LayerGroup:
@@ -1847,7 +1850,7 @@ class SinkCache(Cache):
     def __repr__(self) -> str:
         mode = ", static=True" if self.is_static else ", offloaded=True" if self.is_offloaded else ""
         if self.quantization is not None:
-            mode = f", quantized={{'backend': {self.quantization.backend!r}, 'nbits': {self.quantization.nbits}}}"
+            mode = f", quantized={self.quantization.backend!r}, nbits={self.quantization.nbits or 8}"
         on_host = f", bytes_on_host={self.num_bytes_on_host}" if self.is_offloaded else ""
         return (
             f"{type(self).__name__}(window_length={self.window_length}, num_sink_tokens={self.num_sink_tokens}{mode}, "

@@ -28,14 +28,14 @@ CHUNK_LENGTH = 128
 
 
 @torch.no_grad()
-def stream_nats(model, input_ids: torch.Tensor, cache, name: str) -> torch.Tensor:
+def stream_nats(model, input_ids: torch.Tensor, cache, name: str, chunk_length: int = CHUNK_LENGTH) -> torch.Tensor:
     """Nats of each token but the first, `[batch, num_tokens - 1]`. `cache` is a `SinkCache` or a `DynamicCache`."""
     nats, last = [], None
     progress = tqdm(total=input_ids.shape[1], desc=name, unit="token", file=sys.stderr)
     start = 0
     while start < input_ids.shape[1]:
-        room = cache.num_columns_at_once if isinstance(cache, SinkCache) else CHUNK_LENGTH
-        chunk = input_ids[:, start : start + min(CHUNK_LENGTH, room)]
+        room = cache.num_columns_at_once if isinstance(cache, SinkCache) else chunk_length
+        chunk = input_ids[:, start : start + min(chunk_length, room)]
         inputs = cache.prepare(chunk) if isinstance(cache, SinkCache) else {"input_ids": chunk, "past_key_values": cache}
         logits = model(**inputs).logits.float()
         predictions = logits if last is None else torch.cat([last, logits], dim=1)
@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--num-sink-tokens", type=int, nargs="+", default=[4], help="(default: 4)")
     parser.add_argument("--buckets", type=int, nargs="+", default=[0, 128, 256, 384, 768], help="starts of the position buckets")
     parser.add_argument("--full", action="store_true", help="also the full cache: time and memory grow with the text")
+    parser.add_argument("--quantized", nargs="+", type=json.loads, default=[], metavar="JSON", help="also windows quantized so")
+    parser.add_argument("--chunk-length", type=int, default=CHUNK_LENGTH, help="tokens fed at once (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="also write the nats at each position to this file; it must not exist")
     args = parser.parse_args()
     if args.csv and args.csv.exists():
@@ -91,12 +93,16 @@ def main() -> None:
     input_ids = load_texts(args, tokenizer).to(args.device)
     edges = [start for start in args.buckets if start < args.num_tokens] + [args.num_tokens]
     caches = [("full cache", None)] if args.full else []
-    caches += [(f"window {w}, {s} sink{'' if s == 1 else 's'}", (w, s)) for w in args.window_length for s in args.num_sink_tokens]
+    windows = [(f"window {w}, {s} sink{'' if s == 1 else 's'}", (w, s)) for w in args.window_length for s in args.num_sink_tokens]
+    caches += windows
+    for options in args.quantized:
+        what = ", ".join(f"{value}" if name == "backend" else f"{name} {value}" for name, value in options.items())
+        caches += [(f"{name}: {what}", (*numbers, False, options)) for name, numbers in windows]
     rows, columns = [], {}
     for name, numbers in caches:
         cache = DynamicCache() if numbers is None else SinkCache.from_model(model, *numbers)
         started = time.perf_counter()
-        nats = stream_nats(model, input_ids, cache, name)
+        nats = stream_nats(model, input_ids, cache, name, args.chunk_length)
         columns[name] = nats
         by_bucket = [round(nats[:, start:stop].mean().item(), 3) for start, stop in zip(edges, edges[1:])]
         held = cache.num_bytes_held if numbers else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -286,14 +286,13 @@ def test_what_it_holds_is_bounded_and_counted(model):
     whole = layers * heads * states.num_whole * head_dim * 4
     assert states.codes.nbytes + states.scales.nbytes + states.offsets.nbytes == blocks
     assert 2 * (blocks + whole) < min(sizes)
-    window = 256
-    held = []
+    window, held = 1024, []
     for quantized in (None, {"q_group_size": 32, "residual_length": 32, "backend": "fp8"}):
         cache = SinkCache.from_model(model, window, 4, quantized=quantized)
-        feed(model, cache, random_ids(300), [300])
+        feed(model, cache, random_ids(1100), [1000, 100])
         held.append(cache.num_bytes_held)
     # Of float32, a quarter for codes and a little for scales; but for 64 tokens, which are as they came.
-    assert held[1] < 0.65 * held[0]
+    assert held[1] < 0.45 * held[0]
 
 
 def test_generate(model):
@@ -313,7 +312,7 @@ def test_generate(model):
     text = outputs.sequences[:, :-1]
     logits = feed_on(model, cache, text, [32, 8] + [1] * 59, passes)
     assert_same(torch.stack(outputs.logits, dim=1), logits[:, 39:])
-    assert "quantized={'backend': 'quanto', 'nbits': 2}" in repr(outputs.past_key_values)
+    assert "quantized='quanto', nbits=2, tokens_seen" in repr(outputs.past_key_values)
     beams = generate(prompt, model=model, cache_implementation="quantized", cache_config=options, num_beams=3, **arguments)
     assert beams.sequences.shape == (1, 100)
 
@@ -330,7 +329,7 @@ def test_generate(model):
         ({"q_group_size": 0}, "q_group_size must be a positive multiple of 8, got 0"),
         ({"residual_length": -1}, "residual_length must be an int of at least 0, got -1"),
         ({"bits": 4}, "cache_config has no option bits. It takes backend, nbits, axis_key,"),
-        ({}, "window_length=32 with num_sink_tokens=4 leaves nothing to quantize: residual_length=128"),
+        ({"backend": "fp8"}, "window_length=32 with num_sink_tokens=4 leaves nothing to quantize: residual_length=128"),
         (4, r"cache_config must be a dict, got 4 \(int\)"),
     ],
 )
