@@ -2041,7 +2041,9 @@ def _check_roll_back(model: torch.nn.Module, cache: SinkCache) -> None:
     elif cache._traits.is_ordered:
         reason = "depends on the order of the keys, so that past the window it can't check several tokens in one pass"
     if reason is not None:
-        raise ValueError(f"Assisted decoding can't be used with {type(model).__name__}, which {reason}. Leave the assistance out.")
+        raise ValueError(
+            f"Assisted decoding can't be used with {type(model).__name__}, which {reason}. Leave the assistance out."
+        )
 
 
 def _drafting_model(model: torch.nn.Module, cache: SinkCache, chunk_size: int | None, kwargs: dict) -> torch.nn.Module | None:
@@ -2069,9 +2071,13 @@ def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
     config = copy.deepcopy(model.config)
     name, num_all = type(model).__name__, config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(num_layers, int) or isinstance(num_layers, bool) or not 1 <= num_layers < num_all:
-        raise ValueError(f"assistant_early_exit must be one of the first {num_all - 1} of the {num_all} layers, got {num_layers!r}.")
+        raise ValueError(
+            f"assistant_early_exit must be one of the first {num_all - 1} of the {num_all} layers, got {num_layers!r}."
+        )
     if model.base_model is model or config.get_text_config(decoder=True) is not config:
-        raise ValueError(f"assistant_early_exit can't be used with {name}, whose layers are not where they can be cut. Leave it out.")
+        raise ValueError(
+            f"assistant_early_exit can't be used with {name}, whose layers are not where they can be cut. Leave it out."
+        )
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
@@ -2093,7 +2099,13 @@ class Drafter:
         self.text = torch.zeros(1, 0, dtype=torch.long, device=model.device)  # with the last draft
 
     def __call__(
-        self, input_ids, generation_config, logits_processor, min_new_tokens: int, max_new_tokens: int, **inputs_of_the_other_model
+        self,
+        input_ids,
+        generation_config,
+        logits_processor,
+        min_new_tokens: int,
+        max_new_tokens: int,
+        **inputs_of_the_other_model,
     ):
         self._take_back(input_ids)
         unseen = Prompt(input_ids[:, self.cache.num_tokens_seen :], None)

@@ -60,12 +60,10 @@ def test_numbers_that_make_no_window(untouched, numbers, message):
 
 @pytest.mark.parametrize("name", UNSUPPORTED_OPTIONS)
 def test_options_that_are_not_supported(untouched, name):
-    value = {"assistant_model": untouched, "cache_implementation": "quantized", "position_ids": torch.arange(5)[None]}.get(
-        name, 2
-    )
+    value = {"cache_implementation": "quantized", "position_ids": torch.arange(5)[None]}.get(name, 2)
     with pytest.raises(ValueError, match=f"{name}=.*{UNSUPPORTED_OPTIONS[name][:20]}.*Leave it out"):
         generate(random_ids(5), model=untouched, **{name: value}, **WINDOW)
-    if name not in ("assistant_model", "negative_prompt_ids", "position_ids"):
+    if name not in ("negative_prompt_ids", "position_ids"):
         config = transformers.GenerationConfig()
         setattr(config, name, value)
         with pytest.raises(ValueError, match=f"{name}="):
