@@ -71,6 +71,8 @@ if not hasattr(GenerationMixin, "load_custom_generate"):
 HAS_LAYERS_BY_CONFIG = "config" in inspect.signature(DynamicCache.__init__).parameters
 # Layers of a model have types (since 4.53). A config may name them before, but nothing reads it.
 HAS_LAYER_TYPES = hasattr(Cache, "get_mask_sizes")
+# Diverse and constrained beam search are part of transformers (until 4.56; then they live in repositories of their own).
+HAS_ALL_BEAM_SEARCHES = hasattr(GenerationMixin, "_constrained_beam_search")
 # Models ask the cache where the queries of a pass stand among its keys (since 5.16). Before, they take the number of tokens seen,
 # which hides all keys behind a native window.
 MODELS_ASK_FOR_QUERY_OFFSET = hasattr(Cache, "get_query_offset")
@@ -1747,7 +1749,7 @@ class Pass:
 class SinkLayer:
     """One layer of a `SinkCache`: the slots it has in a group of layers."""
 
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self, group: LayerGroup, index: int, is_sliding: bool):
         self.group, self.index, self.is_sliding = group, index, is_sliding
@@ -1777,6 +1779,8 @@ class SinkLayer:
 
 class RecurrentSinkLayer(SinkLayer, LinearAttentionLayer):
     """A layer that has both, keys and values and a recurrent or convolutional state of transformers' own."""
+
+    is_croppable = False
 
     def __init__(self, group: LayerGroup, index: int, is_sliding: bool, own: LinearAttentionLayer):
         vars(self).update(vars(own))  # as transformers made it for this model
@@ -2427,6 +2431,7 @@ class SinkCache(Cache):
         self._token_ids: torch.Tensor | None = None
         self.unseen_token_ids: list[int] | None = None  # what `generate` returned last: chosen, but not yet processed
         self._num_recorded = 0
+        self._num_other_columns = 0  # of the text that `generate` has, less tokens seen, while it takes drafts back
         self._token_log: list[tuple] = []
         for group in self._groups:
             group.clear()
@@ -2468,8 +2473,12 @@ class SinkCache(Cache):
 
     def activate_past_recording(self) -> None:
         """Keep what passes evict from now on, until `crop` says which of their tokens stand."""
+        self._set_recording(True)
+
+    def _set_recording(self, value: bool) -> None:
         for group in self._groups:
-            group.record_past = True
+            group.record_past = value
+        self._num_other_columns = 0
         self._forget_recorded()
 
     @property
@@ -2479,12 +2488,12 @@ class SinkCache(Cache):
     @_one_thread_at_a_time
     def crop(self, num_tokens: int) -> None:
         """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if negative, else all but the first so
-        many (as before transformers 5). What was recorded until then is let go.
+        many (as before transformers 5.16, where `generate` counts all columns of its text). What was recorded until then is let go.
 
         Raises:
             ValueError: the tokens that those ones evicted were not recorded, or there are not so many. The cache is as before.
         """
-        removed = -num_tokens if num_tokens <= 0 else max(0, self.num_tokens_seen - num_tokens)
+        removed = -num_tokens if num_tokens <= 0 else max(0, self.num_tokens_seen + self._num_other_columns - num_tokens)
         num_left = [seen - removed for seen in self._num_seen]
         if removed and self._traits is not None and self._traits.is_recurrent:
             raise ValueError(f"Can't take back {removed} tokens: this model has recurrent states, and they can't be turned back.")
@@ -2830,26 +2839,27 @@ LOADER_ARGUMENTS = frozenset(
 
 # Options of `generate` that can't be used with this cache yet: name -> reason.
 UNSUPPORTED_OPTIONS = {
-    "assistant_model": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
-    "prompt_lookup_num_tokens": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
-    "assistant_early_exit": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
-    "use_mtp": "assisted decoding takes draft tokens back, for which this generate does not prepare the cache",
+    "use_mtp": "the layers that draft have a cache of their own, which grows with the text",
+    "speculation_type": "the model that drafts has a cache of its own, which grows with the text",
     "cache_implementation": 'it would put another cache in the place of SinkCache, but for "static", "quantized" and "offloaded"',
     "max_cache_len": "a SinkCache holds window_length tokens, however long the text gets",
     "continuous_batching_config": "continuous batching has a paged cache of its own",
     "return_legacy_cache": "tuples of keys and values can't say which of them are sinks",
     "penalty_alpha": "contrastive search feeds candidate tokens that it takes back",
     "dola_layers": "it lives in a custom_generate repository of its own",
-    "num_beam_groups": "it lives in a custom_generate repository of its own",
-    "constraints": "it lives in a custom_generate repository of its own",
-    "force_words_ids": "it lives in a custom_generate repository of its own",
     "token_healing": "it changes the last token of the prompt",
     "position_ids": "tokens are numbered by the cache",
 }
+if not HAS_ALL_BEAM_SEARCHES:
+    UNSUPPORTED_OPTIONS |= dict.fromkeys(
+        ("num_beam_groups", "constraints", "force_words_ids"), "it lives in a custom_generate repository of its own"
+    )
 # Those that choose a cache. Published generation configs do, and a SinkCache takes its place: only the call itself may not ask for one.
 CACHE_OPTIONS = ("cache_implementation", "cache_config", "max_cache_len", "continuous_batching_config", "return_legacy_cache")
 # Names under which transformers offloads caches. With a window it makes no difference whether they would grow.
 OFFLOADED = ("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked")
+# Options by which several tokens are drafted, for the model to check them in one pass.
+DRAFTING_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 # What `SinkCache.prepare` brings.
 PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
 # Tensors that `generate` takes: what else comes with each token of a prompt is refused.
@@ -2963,43 +2973,75 @@ def generate(
     guidance = _guidance(model, cache, prompt, negative, option, chunk_size)
     kwargs.pop("guidance_scale", None)
     cache.bind(model)
+    if synced_gpus is None:  # as transformers decides
+        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+        synced_gpus = is_sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    has_beams = (option("num_beams") or 1) > 1
+    is_assisted = any(option(name) is not None for name in DRAFTING_OPTIONS)
+    if is_assisted:
+        _check_drafting(model, cache, prompt, num_copies)
+        kwargs["assistant_model"] = _drafting_model(model, cache, chunk_size, kwargs)
+        view = _view(_as_written(model), cache, unseen, chunk_size, synced_gpus, num_last=1, num_columns=prompt.num_columns)
+        view._get_candidate_generator = functools.partial(ShortDrafts.of, model, cache)
+    else:
+        view = _view(model, cache, unseen, chunk_size, synced_gpus, num_last=1 if has_beams else None, has_beams=has_beams)
+    kwargs.pop("assistant_early_exit", None)
     cache.unseen_token_ids = None
 
     if input_ids is not None:
         kwargs["inputs" if inputs_embeds is None else "input_ids"] = History.of(input_ids)
     if generation_config is not None:
         kwargs["generation_config"] = _without_cache_options(generation_config)
-    if synced_gpus is None:  # as transformers decides
-        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
-        synced_gpus = is_sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    view = _view(model, cache, unseen, chunk_size, synced_gpus)
     _prepare_processors(view, prompt, num_copies, guidance)
-    outputs = type(model).generate(
-        view,
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-        synced_gpus=synced_gpus,
-        streamer=streamer,
-        past_key_values=cache,
-        # Padding is the cache's business, and a mask of ones need not be extended at each step.
-        attention_mask=torch.ones(prompt.tokens.shape[:2], dtype=torch.long, device=device),
-        **kwargs,
-    )
+    try:
+        outputs = type(model).generate(
+            view,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            past_key_values=cache,
+            # Padding is the cache's business, and a mask of ones need not be extended at each step.
+            attention_mask=torch.ones(prompt.tokens.shape[:2], dtype=torch.long, device=device),
+            **kwargs,
+        )
+    finally:
+        if is_assisted:
+            cache.crop(-cache._num_recorded)  # a draft that was not checked to the end
+            cache._set_recording(False)
     sequences = (outputs if isinstance(outputs, torch.Tensor) else outputs.sequences).clone()  # ordinary ids, without room
-    cache.unseen_token_ids = sequences[:, -1].tolist() if len(sequences) == cache.batch_size else None
+    last = sequences[:, -1]
+    if has_beams:  # the cache has read the prompt, but for its last token
+        if cache.is_initialized:
+            cache.batch_repeat_interleave(len(sequences) // cache.batch_size or 1)
+        last = None if input_ids is None else sequences[:, input_ids.shape[1] - 1]
+    cache.unseen_token_ids = last.tolist() if last is not None and len(sequences) == cache.batch_size else None
     if isinstance(outputs, torch.Tensor):
         return sequences
-    outputs.sequences = sequences
+    outputs.sequences, outputs.past_key_values = sequences, cache
     return outputs
 
 
 def _view(
-    model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", chunk_size: int | None, synced_gpus: bool
+    model: torch.nn.Module,
+    cache: SinkCache,
+    prompt: "Prompt",
+    chunk_size: int | None,
+    synced_gpus: bool,
+    num_last: int | None = None,
+    num_columns: int | None = None,
+    has_beams: bool = False,
 ) -> torch.nn.Module:
     """A shallow copy of the model that shares all of it, but prepares the inputs of a forward pass for the cache.
 
     The model stays as it is, whatever happens; and several threads can have views of one model.
+
+    Args:
+        prompt: what the cache has not seen yet.
+        num_last: of its tokens, those that `generate` begins with. None: as many as go through in one pass.
+        num_columns: columns of the whole prompt, where drafts may come after it. From the first pass on, they can be taken back.
+        has_beams: from the first pass on, rows are beams, and go into a copy: the cache could hold only those of the last step.
     """
     view = _shallow_copy(model)
     view.generation_config = _without_cache_options(model.generation_config)
@@ -3010,21 +3052,30 @@ def _view(
 
     @functools.wraps(prepare_inputs)
     def prepare_inputs_for_generation(input_ids, *args, **kwargs):
-        nonlocal num_other
+        nonlocal cache, num_other
         others = prepare_inputs(input_ids[:, -1:], *args, **kwargs | {"past_key_values": None})
         others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
         if is_idle:
             return others | _idle_pass(input_ids.to(device), "input_ids")
         if num_other is not None:
             return others | cache.prepare(input_ids[:, num_other + cache.get_seq_length() :].to(device))
+        if num_columns is not None:
+            cache._set_recording(False)
         is_unfinished = functools.partial(model._has_unfinished_sequences, synced_gpus=synced_gpus, device=input_ids.device)
-        chunk = _feed_all_but_last_chunk(model, cache, prompt, chunk_size, others, is_unfinished)
+        chunk = _feed_all_but_last_chunk(model, cache, prompt, chunk_size, others, num_last, is_unfinished)
+        if has_beams:
+            cache = copy.deepcopy(cache)
         num_copies = (len(input_ids) or 1) // len(chunk.tokens)
         if num_copies > 1:
             chunk = chunk.repeat(num_copies)
             cache.batch_repeat_interleave(num_copies)
+        if num_columns is not None:
+            chunk = chunk.followed_by(input_ids[:, num_columns:])
+            cache.activate_past_recording()
         prepared = cache.prepare(**chunk.arguments)
         num_other = input_ids.shape[1] - max(cache._pass.num_seen_after)  # of the row that is the longest now
+        if num_columns is not None:
+            cache._num_other_columns = num_other
         return others | prepared
 
     @functools.wraps(update_kwargs)
@@ -3054,9 +3105,10 @@ def _feed_all_but_last_chunk(
     prompt: "Prompt",
     chunk_size: int | None,
     others: dict,
+    num_last: int | None = None,
     is_unfinished: Callable[[bool], bool] = operator.not_,
 ) -> "Prompt":
-    """Run a prompt through the model but for its last chunk, which is returned for `generate` to go on with.
+    """Run a prompt through the model but for its last chunk (of `num_last` tokens), which is returned for `generate` to go on with.
 
     `is_unfinished(done)` says if there is more to do, here or in another process with which this one has to keep step.
     """
@@ -3066,13 +3118,13 @@ def _feed_all_but_last_chunk(
     while True:
         size = filling if cache.num_tokens_seen < cache.window_length else full
         size = min(size, cache.num_columns_at_once)
-        is_last = prompt.num_columns <= size
+        is_last = prompt.num_columns <= (num_last or size)
         if not is_unfinished(is_last):
             return prompt
         if is_last:
             as_written(**others | _idle_pass(prompt.tokens, prompt.name))
         else:
-            chunk, prompt = prompt.split(size)
+            chunk, prompt = prompt.split(min(size, prompt.num_columns - (num_last or 0)))
             as_written(**others | cache.prepare(**chunk.arguments))
 
 
@@ -3156,6 +3208,158 @@ class Guidance(LogitsProcessor):
         return negative + self.scale * (scores.log_softmax(-1) - negative)
 
 
+# Assisted decoding: a few tokens are drafted, the model checks them in one pass, and those that it would not have chosen are taken back.
+# The loop is that of transformers; what drafts is kept to the rules here.
+
+# With two tokenizers, the last tokens of a text may be cut anew when others follow. So many of them a drafter reads again.
+NUM_TOKENS_CUT_ANEW = 10
+
+
+def _check_drafting(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", num_copies: int) -> None:
+    """At the door, what would come to light only in the middle of the text."""
+    if prompt.name != "input_ids":
+        raise ValueError("Assisted decoding can't begin with inputs_embeds: drafts are made from ids. Pass input_ids.")
+    num_rows = len(prompt.tokens) * num_copies
+    if num_rows > 1:
+        raise ValueError(
+            f"Assisted decoding takes one text, and this would be {num_rows}, which go on by different numbers of tokens. Generate them one by "
+            "one, without beams and copies, or leave the assistance out."
+        )
+    _check_roll_back(model, cache)
+
+
+def _check_roll_back(model: torch.nn.Module, cache: SinkCache) -> None:
+    reason = None
+    if cache._traits.is_recurrent:
+        reason = "has recurrent states, from which no token can be taken back"
+    elif cache._traits.is_ordered:
+        reason = "depends on the order of the keys, so that past the window it can't check several tokens in one pass"
+    if reason is not None:
+        raise ValueError(
+            f"Assisted decoding can't be used with {type(model).__name__}, which {reason}. Leave the assistance out."
+        )
+
+
+def _drafting_model(model: torch.nn.Module, cache: SinkCache, chunk_size: int | None, kwargs: dict) -> torch.nn.Module | None:
+    """The model that drafts, as a shallow copy with a sink cache of its own; None where drafts are looked up in the text.
+
+    Nothing is left on the assistant: what transformers writes to its generation config stays on the copy.
+    """
+    assistant, num_layers = kwargs["assistant_model"], _option(model, kwargs, "assistant_early_exit")
+    if num_layers is not None:
+        assistant = _first_layers(model, num_layers)
+    if assistant is None:
+        return None
+    assistant = getattr(assistant, "_orig_mod", assistant)  # what torch.compile wraps
+    own_cache = SinkCache.from_model(assistant, cache.window_length, cache.num_sink_tokens, cache.is_static)
+    _check_roll_back(assistant, own_cache)
+    view = _shallow_copy(assistant)
+    view.generation_config = _without_cache_options(assistant.generation_config)
+    num_cut_anew = 0 if kwargs.get("assistant_tokenizer") is None else NUM_TOKENS_CUT_ANEW
+    view.generate = Drafter(assistant, own_cache, chunk_size, num_cut_anew)
+    return view
+
+
+def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
+    """The model without its last layers, as a shallow copy. (transformers changes the config of the model itself for each draft.)"""
+    shortened, body, config = _shallow_copy(model), _shallow_copy(model.base_model), copy.deepcopy(model.config)
+    num_all = config.get_text_config(decoder=True).num_hidden_layers
+    if not isinstance(num_layers, int) or isinstance(num_layers, bool) or not 1 <= num_layers < num_all:
+        raise ValueError(
+            f"assistant_early_exit must be one of the first {num_all - 1} of the {num_all} layers, got {num_layers!r}."
+        )
+    lists = [
+        (name, part) for name, part in body.named_children() if isinstance(part, torch.nn.ModuleList) and len(part) == num_all
+    ]
+    if not lists:
+        raise ValueError(
+            f"assistant_early_exit can't be used with {type(model).__name__}: its layers were not found. Leave it out."
+        )
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    shortened.config = body.config = config
+    body._modules = body._modules | {name: part[:num_layers] for name, part in lists}
+    shortened._modules = model._modules | {model.base_model_prefix: body}
+    return shortened
+
+
+class Drafter:
+    """The `generate` of a model that drafts: it goes on from what of its last draft stands, in a cache of its own.
+
+    Args:
+        num_cut_anew: of the tokens that stand, those that may still change.
+    """
+
+    def __init__(self, model: torch.nn.Module, cache: SinkCache, chunk_size: int | None, num_cut_anew: int):
+        self.model, self.cache, self.chunk_size, self.num_cut_anew = model, cache, chunk_size, num_cut_anew
+        self.text = torch.zeros(1, 0, dtype=torch.long, device=_input_device(model))  # with the last draft
+
+    def __call__(
+        self,
+        input_ids,
+        generation_config,
+        logits_processor,
+        min_new_tokens: int,
+        max_new_tokens: int,
+        **inputs_of_the_other_model,
+    ):
+        self._take_back(input_ids)
+        unseen = Prompt(input_ids[:, self.cache.num_tokens_seen :], None)
+        num_last = 2 + self.num_cut_anew  # the last token of a draft, which was not fed, and the one that follows it
+        outputs = type(self.model).generate(
+            _view(self.model, self.cache, unseen, self.chunk_size, False, num_last, num_columns=input_ids.shape[1]),
+            History.of(input_ids),
+            generation_config=_without_cache_options(generation_config),
+            logits_processor=logits_processor,
+            min_new_tokens=min_new_tokens,
+            max_new_tokens=max_new_tokens,
+            past_key_values=self.cache,
+            attention_mask=torch.ones_like(input_ids),
+        )
+        self.text, outputs.sequences = outputs.sequences.clone(), outputs.sequences.clone()
+        outputs.past_key_values = None  # else transformers takes tokens back, by a count of its own
+        return outputs
+
+    def _take_back(self, input_ids: torch.Tensor) -> None:
+        """All of the last draft that is not in the text."""
+        length = min(self.text.shape[1], input_ids.shape[1] - 1)
+        differences = (self.text[0, :length] != input_ids[0, :length]).nonzero()
+        num_same = int(differences[0]) if len(differences) else length
+        try:
+            self.cache.crop(min(num_same - self.num_cut_anew - self.cache.num_tokens_seen, 0))
+        except ValueError:  # more than was recorded
+            self.cache.reset()
+
+
+class ShortDrafts:
+    """A candidate generator of transformers whose drafts are cut to `length`, so that a pass over one can be taken back."""
+
+    def __init__(self, generator, length: int):
+        self.generator, self.length = generator, length
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, cache: SinkCache, generation_config, **kwargs) -> "ShortDrafts":
+        """What `_get_candidate_generator` of the model makes, and cut."""
+        if kwargs.get("assistant_tokenizer") is not None:
+            # Else, for sampling, it cuts down the assistant itself, for good. Greedy drafts lead to the same distribution.
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.do_sample = False
+        generator = model._get_candidate_generator(generation_config=generation_config, **kwargs)
+        return cls(generator, min(window.num_recent for window in cache._windows) - 1)
+
+    def get_candidates(self, input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The text `[1, length]` with a draft behind it, and the logits of the draft if there are any."""
+        ids, logits = self.generator.get_candidates(input_ids, *args, **kwargs)
+        length = min(ids.shape[1] - input_ids.shape[1], self.length)
+        if length == 0:
+            return input_ids, None
+        return ids[:, : input_ids.shape[1] + length], None if logits is None else logits[:, :length]
+
+    def __getattr__(self, name: str):
+        return getattr(self.generator, name)
+
+
 class History(torch.Tensor):
     """Token ids `[batch, length]` of a text that grows without being copied.
 
@@ -3225,6 +3429,10 @@ class Prompt:
             Prompt(self.tokens[:, :num_columns], masks[0], self.name),
             Prompt(self.tokens[:, num_columns:], masks[1], self.name),
         )
+
+    def followed_by(self, ids: torch.Tensor) -> "Prompt":
+        """For one text."""
+        return Prompt(torch.cat([self.tokens, ids.to(self.tokens)], dim=1), None) if ids.shape[1] else self
 
     def to(self, device: torch.device) -> "Prompt":
         return Prompt(self.tokens.to(device), None if self.mask is None else self.mask.to(device), self.name)
@@ -3420,8 +3628,8 @@ def _is_sink_cache(cache) -> bool:
 
 
 def _without_cache_options(generation_config):
-    """A copy that leaves the choice of the cache, the feeding of the prompt and guidance to us."""
+    """A copy that leaves the choice of the cache, the feeding of the prompt, guidance and drafts of the first layers to us."""
     generation_config = copy.deepcopy(generation_config)
-    for name in ("cache_implementation", "cache_config", "prefill_chunk_size", "guidance_scale"):
+    for name in ("cache_implementation", "cache_config", "prefill_chunk_size", "guidance_scale", "assistant_early_exit"):
         setattr(generation_config, name, None)
     return generation_config

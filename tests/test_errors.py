@@ -59,7 +59,7 @@ def test_numbers_that_make_no_window(untouched, numbers, message):
 
 
 def plausible_value(name: str, model):
-    special = {"assistant_model": model, "cache_implementation": "paged", "position_ids": torch.arange(5)[None]}
+    special = {"cache_implementation": "paged", "position_ids": torch.arange(5)[None]}
     return special.get(name, 2)
 
 
@@ -68,7 +68,7 @@ def test_options_that_are_not_supported(untouched, name):
     value = plausible_value(name, untouched)
     with pytest.raises(ValueError, match=f"{name}=.*{UNSUPPORTED_OPTIONS[name][:20]}.*Leave it out"):
         generate(random_ids(5), model=untouched, **{name: value}, **WINDOW)
-    if name not in ("assistant_model", "position_ids"):
+    if name != "position_ids":
         config = transformers.GenerationConfig()
         setattr(config, name, value)
         with pytest.raises(ValueError, match=f"{name}="):
