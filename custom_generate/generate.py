@@ -1961,6 +1961,12 @@ class SinkCache(Cache):
         cache.bind(model)
         return cache
 
+    def empty_like(self) -> "SinkCache":
+        """A new cache of the same window and kind, which serves no model yet."""
+        cache = type(self)(self.window_length, self.num_sink_tokens, self.is_static, offloaded=self.is_offloaded)
+        cache.quantization = self.quantization
+        return cache
+
     def bind(self, model: torch.nn.Module) -> None:
         """Tell the cache which model it serves: once, before its first token.
 
@@ -3134,7 +3140,7 @@ def _idle_pass(tokens: torch.Tensor, name: str) -> dict:
 
 
 def _prepare_processors(view: torch.nn.Module, prompt: "Prompt", num_copies: int, guidance: "Guidance | None") -> None:
-    """Guidance comes first; and those that leave out padding (`repetition_penalty`, in late 5.x) are told what is padding."""
+    """Guidance comes first; and those that leave out padding (`repetition_penalty`, in 5.23) are told what is padding."""
     get_processors = view._get_logits_processor
 
     @functools.wraps(get_processors)
@@ -3167,22 +3173,26 @@ def _guidance(model, cache: SinkCache, prompt: "Prompt", negative: "Prompt", opt
                 f"guidance_scale={scale} can't be used with {name}: the second text would not follow where the first one goes on from "
                 "another beam or takes tokens back. Leave one of them out."
             )
-    if negative.tokens is None:
-        if prompt.name == "inputs_embeds":
-            raise ValueError(
-                f"guidance_scale={scale} takes the last token of the prompt for its second text, and inputs_embeds have no tokens. Pass "
-                "negative_prompt_ids."
-            )
-    elif not isinstance(negative.tokens, torch.Tensor):
-        raise ValueError(f"negative_prompt_ids must be a Tensor, got {negative.tokens!r:.50} ({type(negative.tokens).__name__}).")
-    elif len(negative.tokens) != len(prompt.tokens):
+    for name, value in (("negative_prompt_ids", negative.tokens), ("negative_prompt_attention_mask", negative.mask)):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a Tensor, got {value!r:.50} ({type(value).__name__}).")
+    if negative.tokens is None and (prompt.name == "inputs_embeds" or negative.mask is not None):
+        what = "inputs_embeds have none" if negative.mask is None else "negative_prompt_attention_mask belongs to another text"
         raise ValueError(
-            f"negative_prompt_ids has {len(negative.tokens)} rows, and the prompt has {len(prompt.tokens)}. Pass one for each."
+            f"guidance_scale={scale} takes the last token of the prompt for its second text, and {what}. Pass negative_prompt_ids."
         )
-    second = SinkCache(cache.window_length, cache.num_sink_tokens, static=cache.is_static)
-    negative = None if negative.tokens is None else _unseen(negative, second, 1).to(_input_device(model))
+    second = cache.empty_like()
+    if negative.tokens is not None:
+        try:
+            negative = _unseen(negative, second, 1).to(_input_device(model))
+        except ValueError as error:
+            raise ValueError(f"negative_prompt_ids can't be used: {error}") from None
+        if len(negative.tokens) != len(prompt.tokens):
+            raise ValueError(
+                f"negative_prompt_ids has {len(negative.tokens)} rows, and the prompt has {len(prompt.tokens)}. Pass one for each."
+            )
     second.bind(model)
-    return Guidance(model, second, scale, negative, chunk_size)
+    return Guidance(model, second, scale, negative if negative.tokens is not None else None, chunk_size)
 
 
 class Guidance(LogitsProcessor):
@@ -3251,7 +3261,8 @@ def _drafting_model(model: torch.nn.Module, cache: SinkCache, chunk_size: int | 
     if assistant is None:
         return None
     assistant = getattr(assistant, "_orig_mod", assistant)  # what torch.compile wraps
-    own_cache = SinkCache.from_model(assistant, cache.window_length, cache.num_sink_tokens, cache.is_static)
+    own_cache = cache.empty_like()
+    own_cache.bind(assistant)
     _check_roll_back(assistant, own_cache)
     view = _shallow_copy(assistant)
     view.generation_config = _without_cache_options(assistant.generation_config)
