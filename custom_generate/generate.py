@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Cache, DynamicCache, GenerationMixin, LogitsProcessor, cache_utils
+from transformers import Cache, DynamicCache, GenerationMixin, LogitsProcessor, PreTrainedModel, cache_utils
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import is_torchdynamo_compiling, logging
@@ -182,6 +182,39 @@ def _input_device(model: torch.nn.Module) -> torch.device:
         return model.device
     devices = [device for device in getattr(model, "hf_device_map", {}).values() if device not in ("cpu", "disk")]
     return torch.device(devices[0] if devices else "cpu")
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model of transformers inside of what torch.compile, PEFT or DataParallel puts around it.
+
+    Raises:
+        ValueError: it is wrapped so that it gets other tokens than it is called with.
+    """
+    _check_prompt_learning(model)
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod") or hasattr(model, "module"):
+            model = getattr(model, "_orig_mod", None) or model.module
+        else:
+            break
+    _check_prompt_learning(getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", model))  # put there by PEFT
+    return model
+
+
+def _check_prompt_learning(model: torch.nn.Module) -> None:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"SinkCache can't serve {type(model).__name__} with {model.active_peft_config.peft_type.value}: its virtual tokens would "
+            "pass by the cache, which could neither count nor hold them. Adapters that change weights (LoRA and the like) work."
+        )
+
+
+def _is_autocast_enabled(device_type: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:  # before torch 2.4
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
 
 
 def _shallow_copy(model: torch.nn.Module) -> torch.nn.Module:
@@ -1620,7 +1653,7 @@ class LayerGroup:
         for states, state in zip(self.states, saved):
             states.restore(*state)
         if is_static:
-            self._set_cursor(batch_size, mask_dtype)
+            self.set_cursor(batch_size, mask_dtype)
 
     def _kinds(self) -> list[Callable[..., States]]:
         """What makes the keys, and the values."""
@@ -1652,7 +1685,7 @@ class LayerGroup:
             states.append((of_layers, numbers[0]))
         self.allocate(batch_size, mask_dtype, is_static, tuple(states))
 
-    def _set_cursor(self, batch_size: int, mask_dtype: torch.dtype) -> None:
+    def set_cursor(self, batch_size: int, mask_dtype: torch.dtype) -> None:
         self.cursor = Cursor(self.window, batch_size, mask_dtype, self.traits.device)
         for states in self.states:
             states.follow(self.cursor)
@@ -1666,7 +1699,7 @@ class LayerGroup:
         for states in self.states:
             states.select_rows(index)
         if self.cursor is not None and len(self.cursor.rows) != len(index):
-            self._set_cursor(len(index), self.cursor.visible.dtype)
+            self.set_cursor(len(index), self.cursor.visible.dtype)
 
     def clear(self) -> None:
         """As before the first token."""
@@ -1973,12 +2006,15 @@ class SinkCache(Cache):
         Raises:
             ValueError: the rules can't be kept for this model, or the cache serves another one.
         """
+        model = _unwrapped(model)
         config = model.config.get_text_config(decoder=True)
         if config._attn_implementation not in SUPPORTED_ATTENTION:
             raise ValueError(
                 f"SinkCache makes masks for {' and '.join(SUPPORTED_ATTENTION)} attention, and this model uses "
-                f'{config._attn_implementation}. Load it with from_pretrained(..., attn_implementation="sdpa").'
+                f'{config._attn_implementation}. Load it with from_pretrained(..., attn_implementation="sdpa"), or call '
+                'model.set_attn_implementation("sdpa").'
             )
+        _check_mode(model)
         if self._traits is None:
             traits = model_traits(model, self.window_length)
         elif self._model() is not model:
@@ -2109,7 +2145,8 @@ class SinkCache(Cache):
         if not key_states.dtype == value_states.dtype == layer.group.traits.dtype:
             raise ValueError(
                 f"The model brings keys in {key_states.dtype} and values in {value_states.dtype}, and this cache was made for "
-                f"{layer.group.traits.dtype}. Put the model into one dtype, model.to(dtype), in place of autocast."
+                f"{layer.group.traits.dtype}. Put the model into one dtype, model.to(dtype), in place of autocast; if that was done after "
+                "the cache was made, make a new one."
             )
         keys, values = layer.group.states
         held = keys.update(layer.index, key_states), values.update(layer.index, value_states)
@@ -2201,9 +2238,13 @@ class SinkCache(Cache):
             )
 
     @_one_thread_at_a_time
+    @torch.inference_mode(False)  # what is made here may be changed in any mode
     def _begin(self, batch_size: int, num_columns: int, num_new: list[int], is_prepared: bool = True) -> None:
         """Decide all that a pass does. Nothing is changed before everything has been checked."""
         self._require_model()
+        model = self._model()
+        if model is not None and model.training:
+            _check_mode(model)
         if self._pass is not None and self._pass.layers_done and not self._pass.can_be_repeated:
             raise ValueError(
                 f"The last pass was interrupted after {len(self._pass.layers_done)} of {len(self.layers)} layers, when some had "
@@ -2246,6 +2287,8 @@ class SinkCache(Cache):
         at_cursor = self.is_static and is_prepared and num_columns == min(num_new) == 1
         is_recording = self._is_recording
         for group in self._groups:
+            if at_cursor and group.cursor.visible.dtype != self._mask_dtype(group):  # after model.set_attn_implementation
+                group.set_cursor(batch_size, self._mask_dtype(group))
             step = steps[group.window].to(group.traits.device)
             for states in group.states:
                 states.begin(step, is_recording, at_cursor)
@@ -2402,6 +2445,7 @@ class SinkCache(Cache):
 
     # Which tokens it holds
 
+    @torch.inference_mode(False)
     def _record(self, input_ids: torch.Tensor | None, step: Step) -> None:
         """Remember the ids of the tokens held, so that a history passed again can be told from new tokens."""
         if input_ids is None or (self._token_ids is None and any(self._num_seen)):
@@ -2445,6 +2489,7 @@ class SinkCache(Cache):
             self._make_layers()
 
     @_one_thread_at_a_time
+    @torch.inference_mode(False)
     def _select_rows(self, index: torch.Tensor) -> None:
         if self._batch_size == -1:
             return
@@ -2624,6 +2669,20 @@ class SinkCache(Cache):
         self._num_recorded, self._token_log = 0, []
         for states in self._states:
             states.log = []
+
+
+def _check_mode(model: torch.nn.Module) -> None:
+    if model.training and model.is_gradient_checkpointing:
+        raise ValueError(
+            "The model is in training mode with gradient checkpointing, where its layers pass by the cache. Call model.eval() first "
+            "(or model.gradient_checkpointing_disable())."
+        )
+    device = _input_device(model).type
+    if _is_autocast_enabled(device):
+        raise ValueError(
+            "SinkCache can't be used under autocast: a model then computes its keys in one dtype and its values in another. Leave "
+            f"autocast, with torch.autocast({device!r}, enabled=False), or put the model into one dtype, model.to(dtype)."
+        )
 
 
 def _check_numbers(window_length, num_sink_tokens) -> None:
@@ -2933,7 +2992,7 @@ def generate(
         ValueError: something passed can't be processed exactly. The message names it; the model has not been run, and the cache
             is as before.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = _unwrapped(model)
     device = _input_device(model)
     kwargs = {name: value for name, value in kwargs.items() if name not in LOADER_ARGUMENTS}
     kwargs |= {"generation_config": generation_config, "assistant_model": assistant_model}
