@@ -2068,25 +2068,27 @@ def _drafting_model(model: torch.nn.Module, cache: SinkCache, chunk_size: int | 
 
 def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
     """The model without its last layers, as a shallow copy. (transformers changes the config of the model itself for each draft.)"""
-    shortened, body, config = copy.copy(model), copy.copy(model.base_model), copy.deepcopy(model.config)
+    shortened, config = copy.copy(model), copy.deepcopy(model.config)
     num_all = config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(num_layers, int) or isinstance(num_layers, bool) or not 1 <= num_layers < num_all:
         raise ValueError(
             f"assistant_early_exit must be one of the first {num_all - 1} of the {num_all} layers, got {num_layers!r}."
         )
-    lists = [
-        (name, part) for name, part in body.named_children() if isinstance(part, torch.nn.ModuleList) and len(part) == num_all
-    ]
-    if not lists:
-        raise ValueError(
-            f"assistant_early_exit can't be used with {type(model).__name__}: its layers were not found. Leave it out."
-        )
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
-    shortened.config = body.config = config
-    body._modules = body._modules | {name: part[:num_layers] for name, part in lists}
-    shortened._modules = model._modules | {model.base_model_prefix: body}
+    shortened.config = config
+    for name, body in model.named_children():
+        lists = {n: part for n, part in body.named_children() if isinstance(part, torch.nn.ModuleList) and len(part) == num_all}
+        if lists:
+            body = copy.copy(body)
+            body.config = config
+            body._modules = body._modules | {n: part[:num_layers] for n, part in lists.items()}
+            shortened._modules = shortened._modules | {name: body}
+    if shortened._modules is model._modules:
+        raise ValueError(
+            f"assistant_early_exit can't be used with {type(model).__name__}: its layers were not found. Leave it out."
+        )
     return shortened
 
 
