@@ -1351,6 +1351,8 @@ class SinkCache(Cache):
         """What the attention layers call. `[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
         if torch.is_grad_enabled():  # what is held has no history: gradients end here
             key_states, value_states = key_states.detach(), value_states.detach()
+        if not self.layers:  # before 4.53 nothing was asked before
+            self._require_model()
         layer = self.layers[layer_idx]
         if self._is_at_cursor:
             keys, values = layer.group.states
