@@ -2126,7 +2126,7 @@ class SinkCache(Cache):
         """What the attention layers call. `[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
         if torch.is_grad_enabled():  # what is held has no history: gradients end here
             key_states, value_states = key_states.detach(), value_states.detach()
-        if not self.layers:
+        if not self.layers:  # before 4.53 nothing was asked before
             self._require_model()
         layer = self.layers[layer_idx]
         if self._is_at_cursor:
@@ -3332,25 +3332,27 @@ def _drafting_model(model: torch.nn.Module, cache: SinkCache, chunk_size: int | 
 
 def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
     """The model without its last layers, as a shallow copy. (transformers changes the config of the model itself for each draft.)"""
-    shortened, body, config = _shallow_copy(model), _shallow_copy(model.base_model), copy.deepcopy(model.config)
+    shortened, config = _shallow_copy(model), copy.deepcopy(model.config)
     num_all = config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(num_layers, int) or isinstance(num_layers, bool) or not 1 <= num_layers < num_all:
         raise ValueError(
             f"assistant_early_exit must be one of the first {num_all - 1} of the {num_all} layers, got {num_layers!r}."
         )
-    lists = [
-        (name, part) for name, part in body.named_children() if isinstance(part, torch.nn.ModuleList) and len(part) == num_all
-    ]
-    if not lists:
-        raise ValueError(
-            f"assistant_early_exit can't be used with {type(model).__name__}: its layers were not found. Leave it out."
-        )
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
-    shortened.config = body.config = config
-    body._modules = body._modules | {name: part[:num_layers] for name, part in lists}
-    shortened._modules = model._modules | {model.base_model_prefix: body}
+    shortened.config = config
+    for name, body in model.named_children():
+        lists = {n: part for n, part in body.named_children() if isinstance(part, torch.nn.ModuleList) and len(part) == num_all}
+        if lists:
+            body = copy.copy(body)
+            body.config = config
+            body._modules = body._modules | {n: part[:num_layers] for n, part in lists.items()}
+            shortened._modules = shortened._modules | {name: body}
+    if shortened._modules is model._modules:
+        raise ValueError(
+            f"assistant_early_exit can't be used with {type(model).__name__}: its layers were not found. Leave it out."
+        )
     return shortened
 
 
