@@ -54,6 +54,7 @@ SECTIONS = [
 # The long commands, cut short: option and value -> what takes their place. A command without an entry runs as it is.
 SHORTER = {
     "--num-tokens 1400 --num-texts 16": "--num-tokens 300 --num-texts 2",
+    "--num-tokens 700 --num-texts 4": "--num-tokens 300 --num-texts 1",
     "--num-tokens 50000": "--num-tokens 300",
     "--max-new-tokens 50000": "--max-new-tokens 300",
     "--num-threads 1": "--num-threads 1 --preset tiny --window-length 32 --num-tokens 4 --num-rounds 2 --methods sink dynamic",
