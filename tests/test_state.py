@@ -33,6 +33,7 @@ def assert_goes_on_alike(model, cache: SinkCache, path: Path, sizes=SIZES) -> No
     cache.save(path)
     loaded = SinkCache.load(path, model)
     assert repr(loaded) == repr(cache) and loaded.num_tokens_seen_by_row == cache.num_tokens_seen_by_row
+    assert [states.state()[1] for states in loaded._states] == [states.state()[1] for states in cache._states]
     rest = random_ids(sum(sizes), seed=9, num_rows=cache.batch_size)
     expected = feed(model, cache, rest, sizes)
     assert expected.std() > 0.05
@@ -78,8 +79,8 @@ def test_every_kind_of_model(tmp_path, name, dtype):
 def test_recurrent_states(tmp_path, model_type):
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip(f"this release of transformers has no {model_type}")
-    if model_type == "qwen3_next" and TRANSFORMERS < Version("5.14"):
-        pytest.skip("the model of this release fails on padded batches")
+    if TRANSFORMERS < Version("5.14"):
+        pytest.skip("the hybrids of this release are refused, or fail on padded batches")
     model = build_zoo_model(model_type)
     try:
         cache = SinkCache.from_model(model, **WINDOW)
@@ -169,6 +170,7 @@ def test_generate_goes_on_with_a_conversation(tmp_path):
     expected = generate(text, model=model, past_key_values=cache, max_new_tokens=20)[:, -20:]
     for shown in (text, text[:, -WINDOW_LENGTH:], text[:, 79:]):
         loaded = SinkCache.load(tmp_path / "cache", model)
+        assert loaded.unseen_token_ids == text[:, 79].tolist()
         mask = torch.ones(1, 87, dtype=torch.long) if shown.shape[1] == 8 else None
         options = {"attention_mask": mask, "past_key_values": loaded, "max_new_tokens": 20}
         assert generate(shown, model=model, **options)[:, -20:].equal(expected)
