@@ -13,10 +13,12 @@ import generate as generate_module
 import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, feed, left_padded, random_ids
-from families import build_model
+from families import TRANSFORMERS, build_model
 from generate import LinearAttentionLayer, SinkCache, generate
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_invariants import move_counters
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from zoo import build_zoo_model
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +33,7 @@ def assert_goes_on_alike(model, cache: SinkCache, path: Path, sizes=SIZES) -> No
     cache.save(path)
     loaded = SinkCache.load(path, model)
     assert repr(loaded) == repr(cache) and loaded.num_tokens_seen_by_row == cache.num_tokens_seen_by_row
+    assert [states.state()[1] for states in loaded._states] == [states.state()[1] for states in cache._states]
     rest = random_ids(sum(sizes), seed=9, num_rows=cache.batch_size)
     expected = feed(model, cache, rest, sizes)
     assert expected.std() > 0.05
@@ -44,7 +47,7 @@ def test_it_goes_on_with_the_same_bits(tmp_path, num_seen):
     model = build_model("llama", "sdpa")
     cache = SinkCache.from_model(model, **WINDOW)
     feed(model, cache, random_ids(num_seen), [1] * num_seen)
-    assert cache._base == ([16] if num_seen > 32 else [0]) or num_seen > 48
+    assert cache._base == [{33: 16, 50: 32}.get(num_seen, 0)]
     assert_goes_on_alike(model, cache, tmp_path / "cache")
 
 
@@ -74,6 +77,10 @@ def test_every_kind_of_model(tmp_path, name, dtype):
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "lfm2", "bamba", "falcon_h1"])
 def test_recurrent_states(tmp_path, model_type):
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this release of transformers has no {model_type}")
+    if TRANSFORMERS < Version("5.14"):
+        pytest.skip("the hybrids of this release are refused, or fail on padded batches")
     model = build_zoo_model(model_type)
     try:
         cache = SinkCache.from_model(model, **WINDOW)
@@ -134,7 +141,7 @@ import sys, torch
 sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
 from checks import feed, random_ids
-from families import build_model
+from families import TRANSFORMERS, build_model
 from generate import SinkCache
 model = build_model("llama", "sdpa", dtype=torch.bfloat16)
 torch.save(feed(model, SinkCache.load({path!r}, model), random_ids(80, seed=9), {sizes!r}), {result!r})
@@ -163,6 +170,7 @@ def test_generate_goes_on_with_a_conversation(tmp_path):
     expected = generate(text, model=model, past_key_values=cache, max_new_tokens=20)[:, -20:]
     for shown in (text, text[:, -WINDOW_LENGTH:], text[:, 79:]):
         loaded = SinkCache.load(tmp_path / "cache", model)
+        assert loaded.unseen_token_ids == text[:, 79].tolist()
         mask = torch.ones(1, 87, dtype=torch.long) if shown.shape[1] == 8 else None
         options = {"attention_mask": mask, "past_key_values": loaded, "max_new_tokens": 20}
         assert generate(shown, model=model, **options)[:, -20:].equal(expected)
@@ -195,8 +203,8 @@ def test_a_file_that_was_changed_or_cut_off_is_refused(model, content, tmp_path)
     path.write_bytes(content)
     SinkCache.load(path, model)
     header = 8 + struct.unpack("<Q", content[:8])[0]
-    places = [*range(0, header, 7), header - 1, *range(header, len(content), 499), len(content) - 1]
-    assert len(places) > 200
+    places = [*range(0, header, 11), header - 1, *range(header, len(content), 499), len(content) - 1]
+    assert len(places) > 100
     for place in places:
         for flip in (1, 32) if place < header else (1,):
             path.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
