@@ -947,8 +947,9 @@ class States:
             _keep_in_place(self._sinks, self._turn)
 
     @property
-    def num_bytes(self) -> int:
-        return _num_bytes(*self.slots, *vars(self).values())
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds."""
+        return _tensors_in(*vars(self).values())
 
     @property
     def num_bytes_on_host(self) -> int:
@@ -1008,7 +1009,7 @@ class States:
         return handed_out
 
     def end(self) -> None:
-        """After a pass over several tokens: let go of what only that needed."""
+        """After a pass: let go of what only that needed."""
         self.step = self._copies_turn = None
 
     def update_at_cursor(self, index: int, new: torch.Tensor) -> torch.Tensor:
@@ -1716,8 +1717,15 @@ def _selected(states: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tens
     return states.copy_(selected) if selected.shape == states.shape else selected
 
 
-def _num_bytes(*values) -> int:
-    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+def _tensors_in(*values) -> list[torch.Tensor]:
+    """Those among the values, and those in lists and tuples among them."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors_in(*value)
+    return found
 
 
 def _take_slots(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -1911,14 +1919,15 @@ class SinkCache(Cache):
 
     @property
     def num_bytes_held(self) -> int:
-        """Bytes of all tensors of the cache."""
-        recurrent = [_recurrent_states(layer) for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
-        return (
-            sum(states.num_bytes for states in self._states)
-            + sum(_num_bytes(*vars(group.cursor).values()) for group in self._groups if group.cursor is not None)
-            + sum(state.nbytes for states in recurrent for state in states)
-            + (0 if self._token_ids is None else self._token_ids.nbytes)
-        )
+        """Bytes of all tensors of the cache: their storages, each once."""
+        tensors = [tensor for states in self._states for tensor in states.tensors]
+        tensors += [tensor for group in self._groups if group.cursor for tensor in _tensors_in(*vars(group.cursor).values())]
+        tensors += [
+            state for layer in self.layers if isinstance(layer, LinearAttentionLayer) for state in _recurrent_states(layer)
+        ]
+        tensors += _tensors_in(self._token_ids, self._token_log)
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property
     def num_bytes_on_host(self) -> int:
@@ -2157,9 +2166,8 @@ class SinkCache(Cache):
 
     def _finish(self, finished: "Pass") -> None:
         self._pass = None
-        if finished.num_columns > 1:
-            for states in self._states:
-                states.end()
+        for states in self._states:
+            states.end()
         self._record(finished.input_ids, finished.steps[self._window])
         if self._is_recording:
             self._num_recorded += min(after - seen for after, seen in zip(finished.num_seen_after, self._num_seen))
@@ -3345,7 +3353,7 @@ def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
     for name, body in model.named_children():
         lists = {n: part for n, part in body.named_children() if isinstance(part, torch.nn.ModuleList) and len(part) == num_all}
         if lists:
-            body = copy.copy(body)
+            body = _shallow_copy(body)
             body.config = config
             body._modules = body._modules | {n: part[:num_layers] for n, part in lists.items()}
             shortened._modules = shortened._modules | {name: body}

@@ -536,6 +536,7 @@ class CacheMachine(RuleBasedStateMachine):
         layer = min(layer, len(self.windows))
         ids, mask = self.tokens(stream, counts)
         cache = stream.cache
+        stream.knows_ids = stream.knows_ids or not any(stream.num_seen)
         try:
             inputs = cache.prepare(ids, mask)
         except ValueError:  # see `run_pass`
