@@ -5,7 +5,6 @@ copies cross over, and what torch moves by itself: numbers (0-dim tensors of the
 """
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 CPU = torch.device("cpu")
@@ -21,11 +20,17 @@ def plug_in_cards() -> None:
     Raises:
         ImportError: this release of torch can't be told of devices from Python.
     """
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+    from torch.utils.backend_registration import _DummyPrivateUse1Hook, _setup_privateuseone_for_python_backend
+
+    class Hook(_DummyPrivateUse1Hook):
+        def is_available(self) -> bool:
+            return False  # not to be used by who did not ask for it
 
     if torch._C._get_privateuse1_backend_name() == "card":
         return
-    _setup_privateuseone_for_python_backend("card")
+    _setup_privateuseone_for_python_backend("card", hook=Hook())
+    torch.card.is_available = lambda: False
+    torch.card.get_amp_supported_dtype = lambda: [torch.float32]  # asked by autocast, even to be left
     # What `torch.tensor(numbers, device=...)` calls, by a way that does not lead through `Cards`.
     _library.impl("empty_strided", _empty_strided, "PrivateUse1")
     _library.impl("_copy_from", _copy_from, "PrivateUse1")
@@ -111,6 +116,9 @@ def put(module: torch.nn.Module, device: torch.device) -> None:
                     states[name] = torch.nn.Parameter(tensor, requires_grad=False) if states is part._parameters else tensor
 
     def move(module, args, kwargs):
-        return pytree.tree_map_only(torch.Tensor, lambda each: each.to(device), (args, kwargs))
+        def there(value):
+            return changed(torch.Tensor, lambda each: each.to(device), value)
+
+        return there(args), {name: there(value) for name, value in kwargs.items()}
 
     module.register_forward_pre_hook(move, with_kwargs=True)

@@ -1,9 +1,11 @@
 """Models that something is wrapped around, or that were changed: they give the oracle's logits, or are refused with what to do."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, random_ids
-from families import build_model
+from families import allow_local_code, build_model
 from generate import SinkCache, generate
 from oracle import oracle_logits
 
@@ -14,6 +16,14 @@ SIZES = [5, 9, 40] + [1] * 20 + [6]
 @pytest.fixture
 def model():
     return build_model("llama", "sdpa")
+
+
+@pytest.fixture
+def from_folder(tiny_model_folder, monkeypatch) -> dict:
+    """The arguments with which `generate` of a model is this one."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    exec(allow_local_code(Path(tiny_model_folder)))
+    return {"custom_generate": tiny_model_folder, "trust_remote_code": True}
 
 
 def assert_exact(model, plain=None) -> None:
@@ -34,15 +44,14 @@ def with_adapter(model, **config):
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "k_proj"], r=4, **config)).eval()
 
 
-def test_adapters(model, tiny_model_folder, monkeypatch):
+def test_adapters(model, from_folder):
     """The model inside is what is asked; what is called is the one with the adapter."""
     without = model(random_ids()).logits
     wrapped = with_adapter(model, init_lora_weights=False, task_type="CAUSAL_LM")
     assert not torch.allclose(without, model(random_ids()).logits), "the adapter does nothing"
     assert_exact(wrapped, model)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     options = {"max_new_tokens": 20, "do_sample": False, **WINDOW}
-    text = wrapped.generate(input_ids=random_ids(), custom_generate=tiny_model_folder, trust_remote_code=True, **options)
+    text = wrapped.generate(input_ids=random_ids(), **from_folder, **options)
     assert text.equal(generate(random_ids(), model=model, **options))
 
 
@@ -53,16 +62,13 @@ def test_adapters_that_the_model_itself_loads(model):
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
-def test_virtual_tokens_are_refused(model, kind, tiny_model_folder, monkeypatch):
+def test_virtual_tokens_are_refused(model, kind, from_folder):
     """They would not be seen, without a word: inputs are those of the cache, not of PEFT."""
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
     assert_refused(wrapped, "virtual tokens would pass by the cache")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="virtual tokens would pass by the cache"):
-        wrapped.generate(
-            input_ids=random_ids(5), custom_generate=tiny_model_folder, trust_remote_code=True, max_new_tokens=3, **WINDOW
-        )
+        wrapped.generate(input_ids=random_ids(5), **from_folder, max_new_tokens=3, **WINDOW)
 
 
 def test_data_parallel(model):
