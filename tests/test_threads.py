@@ -232,3 +232,20 @@ def test_a_streamer_in_a_thread(tiny_model, tokenizer, static):
         thread.join(timeout=60)
         assert text == tokenizer.decode(expected[0, prompt.shape[1] :])
         assert seen == sorted(seen) and cache.num_tokens_seen == expected.shape[1] - 1
+
+
+def test_two_passes_that_begin_at_once(model, monkeypatch):
+    """Another thread comes while a pass is being decided, before there is one: would catch a check that is no lock."""
+    cache, stream = SinkCache.from_model(model, **WINDOW), random_ids(40)
+    feed(model, cache, stream[:, :30], [30])
+    decide, errors = SinkCache._positions_back, []
+
+    def decide_slowly(self, *args):
+        monkeypatch.undo()
+        errors.extend(in_threads(lambda: self.prepare(random_ids(1, seed=7))))
+        return decide(self, *args)
+
+    monkeypatch.setattr(SinkCache, "_positions_back", decide_slowly)
+    logits = feed(model, cache, stream[:, 30:], [1] * 10)
+    assert "in use by another thread" in str(errors[0])
+    assert_same(logits, oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 30:])
