@@ -30,7 +30,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import operator
 import os
 import threading
 import weakref
@@ -2933,6 +2932,11 @@ CACHE_OPTIONS = ("cache_implementation", "cache_config", "max_cache_len", "conti
 OFFLOADED = ("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked")
 # Options by which several tokens are drafted, for the model to check them in one pass.
 DRAFTING_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+# Those that are carried out here, and not in transformers.
+OUR_OPTIONS = (
+    "past_key_values attention_mask cache_implementation cache_config guidance_scale negative_prompt_ids negative_prompt_attention_mask "
+    "assistant_early_exit".split()
+)
 # What `SinkCache.prepare` brings.
 PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
 # Tensors that `generate` takes: what else comes with each token of a prompt is refused.
@@ -3001,71 +3005,46 @@ def generate(
             is as before.
     """
     model = _unwrapped(model)
-    device = _input_device(model)
     kwargs = {name: value for name, value in kwargs.items() if name not in LOADER_ARGUMENTS}
-    kwargs |= {"generation_config": generation_config, "assistant_model": assistant_model}
+    kwargs |= {
+        "generation_config": generation_config,
+        "assistant_model": assistant_model,
+        "input_ids": kwargs.get("input_ids", inputs),
+    }
     option = functools.partial(_option, model, kwargs)
     _check_options(model, kwargs)
-
-    cache = kwargs.pop("past_key_values", None)
-    mode = _mode(_asked(kwargs, "cache_implementation"), _asked(kwargs, "cache_config"))
-    for name in ("cache_implementation", "cache_config"):
-        kwargs.pop(name, None)
-    for name, value, kind in (
-        ("past_key_values", cache, Cache),
-        ("input_ids", inputs if inputs is not None else kwargs.get("input_ids"), torch.Tensor),
-        ("attention_mask", kwargs.get("attention_mask"), torch.Tensor),
-    ):
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{name} must be a {kind.__name__}, got {value!r:.50} ({type(value).__name__}).")
-    if cache is None or (not _is_sink_cache(cache) and cache.get_seq_length() == 0):
-        if cache is not None:
-            logger.warning("past_key_values is an empty %s. It stays so: a SinkCache takes its place.", type(cache).__name__)
-        asked = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
-        asked = {name: option(name) if value is None else value for name, value in asked.items()}
-        cache = SinkCache(**{name: value for name, value in asked.items() if value is not None}, **mode)
-    else:
-        _check_cache(cache, window_length, num_sink_tokens, mode)
+    cache = _cache_to_use(model, kwargs, window_length, num_sink_tokens)
     chunk_size = prefill_chunk_size if prefill_chunk_size is not None else option("prefill_chunk_size")
     if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"prefill_chunk_size must be an int of at least 1, got {chunk_size!r}.")
-
-    input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-    inputs_embeds = kwargs.get("inputs_embeds")
-    if input_ids is None and inputs_embeds is None and option("bos_token_id") is not None:
-        input_ids = torch.full((1, 1), option("bos_token_id"), dtype=torch.long, device=device)
-    attention_mask = kwargs.pop("attention_mask", None)
-    if attention_mask is None and inputs_embeds is None:
-        attention_mask = _mask_from_padding(input_ids, option("pad_token_id"), option("eos_token_id"))
-    prompt = (
-        Prompt(input_ids, attention_mask) if inputs_embeds is None else Prompt(inputs_embeds, attention_mask, "inputs_embeds")
-    )
+    prompt = _whole_prompt(model, kwargs)
+    has_beams = (option("num_beams") or 1) > 1
+    is_assisted = any(option(name) is not None for name in DRAFTING_OPTIONS)
     num_copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
-    unseen = _unseen(prompt, cache, num_copies).to(device)
-    negative = Prompt(kwargs.pop("negative_prompt_ids", None), kwargs.pop("negative_prompt_attention_mask", None))
-    guidance = _guidance(model, cache, prompt, negative, option, chunk_size)
-    kwargs.pop("guidance_scale", None)
+    unseen = _unseen(prompt, cache, num_copies)
+    guidance = _guidance(model, cache, prompt, kwargs, chunk_size)
     cache.bind(model)
     if synced_gpus is None:  # as transformers decides
         is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
         synced_gpus = is_sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    has_beams = (option("num_beams") or 1) > 1
-    is_assisted = any(option(name) is not None for name in DRAFTING_OPTIONS)
+
+    feed = Feed(model, cache, unseen, chunk_size, synced_gpus)
+    if has_beams:
+        feed.num_last, feed.copies_cache = 1, True
     if is_assisted:
         _check_drafting(model, cache, prompt, num_copies)
+        feed.num_last, feed.num_columns = 1, prompt.num_columns
         kwargs["assistant_model"] = _drafting_model(model, cache, chunk_size, kwargs)
-        view = _view(_as_written(model), cache, unseen, chunk_size, synced_gpus, num_last=1, num_columns=prompt.num_columns)
+    view = feed.view()
+    if is_assisted:
         view._get_candidate_generator = functools.partial(ShortDrafts.of, model, cache)
-    else:
-        view = _view(model, cache, unseen, chunk_size, synced_gpus, num_last=1 if has_beams else None, has_beams=has_beams)
-    kwargs.pop("assistant_early_exit", None)
-    cache.unseen_token_ids = None
-
-    if input_ids is not None:
-        kwargs["inputs" if inputs_embeds is None else "input_ids"] = History.of(input_ids)
-    if generation_config is not None:
-        kwargs["generation_config"] = _without_cache_options(generation_config)
     _prepare_processors(view, prompt, num_copies, guidance)
+
+    if kwargs["input_ids"] is not None:
+        kwargs["input_ids"] = History.of(kwargs["input_ids"])
+    if generation_config is not None:
+        kwargs["generation_config"] = _without_our_options(generation_config)
+    cache.unseen_token_ids = None
     try:
         outputs = type(model).generate(
             view,
@@ -3076,8 +3055,8 @@ def generate(
             streamer=streamer,
             past_key_values=cache,
             # Padding is the cache's business, and a mask of ones need not be extended at each step.
-            attention_mask=torch.ones(prompt.tokens.shape[:2], dtype=torch.long, device=device),
-            **kwargs,
+            attention_mask=torch.ones(prompt.tokens.shape[:2], dtype=torch.long, device=_input_device(model)),
+            **{name: value for name, value in kwargs.items() if name not in OUR_OPTIONS},
         )
     finally:
         if is_assisted:
@@ -3088,7 +3067,7 @@ def generate(
     if has_beams:  # the cache has read the prompt, but for its last token
         if cache.is_initialized:
             cache.batch_repeat_interleave(len(sequences) // cache.batch_size or 1)
-        last = None if input_ids is None else sequences[:, input_ids.shape[1] - 1]
+        last = None if kwargs["input_ids"] is None else sequences[:, kwargs["input_ids"].shape[1] - 1]
     cache.unseen_token_ids = last.tolist() if last is not None and len(sequences) == cache.batch_size else None
     if isinstance(outputs, torch.Tensor):
         return sequences
@@ -3096,109 +3075,143 @@ def generate(
     return outputs
 
 
-def _view(
-    model: torch.nn.Module,
-    cache: SinkCache,
-    prompt: "Prompt",
-    chunk_size: int | None,
-    synced_gpus: bool,
-    num_last: int | None = None,
-    num_columns: int | None = None,
-    has_beams: bool = False,
-) -> torch.nn.Module:
-    """A shallow copy of the model that shares all of it, but prepares the inputs of a forward pass for the cache.
+def _cache_to_use(model: torch.nn.Module, kwargs: dict, window_length: int | None, num_sink_tokens: int | None) -> "SinkCache":
+    """The cache that is passed, if it is what is asked for; else a new one."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values must be a Cache, got {cache!r:.50} ({type(cache).__name__}).")
+    mode = _mode(_asked(kwargs, "cache_implementation"), _asked(kwargs, "cache_config"))
+    if cache is not None and (_is_sink_cache(cache) or cache.get_seq_length() > 0):
+        _check_cache(cache, window_length, num_sink_tokens, mode)
+        return cache
+    if cache is not None:
+        logger.warning("past_key_values is an empty %s. It stays so: a SinkCache takes its place.", type(cache).__name__)
+    asked = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
+    asked = {name: _option(model, kwargs, name) if value is None else value for name, value in asked.items()}
+    return SinkCache(**{name: value for name, value in asked.items() if value is not None}, **mode)
 
-    The model stays as it is, whatever happens; and several threads can have views of one model.
 
-    Args:
+def _whole_prompt(model: torch.nn.Module, kwargs: dict) -> "Prompt":
+    """What the call passes as the text to continue. Without any, `input_ids` becomes the token that begins texts."""
+    for name in ("input_ids", "attention_mask"):
+        value = kwargs.get(name)
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a Tensor, got {value!r:.50} ({type(value).__name__}).")
+    option = functools.partial(_option, model, kwargs)
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("inputs_embeds") is not None:
+        return Prompt(kwargs["inputs_embeds"], mask, "inputs_embeds")
+    if kwargs["input_ids"] is None and option("bos_token_id") is not None:
+        kwargs["input_ids"] = torch.full((1, 1), option("bos_token_id"), dtype=torch.long, device=_input_device(model))
+    input_ids = kwargs["input_ids"]
+    return Prompt(
+        input_ids, mask if mask is not None else _mask_from_padding(input_ids, option("pad_token_id"), option("eos_token_id"))
+    )
+
+
+@dataclass
+class Feed:
+    """How a text comes to a cache: its prompt in chunks, and then what `generate` has chosen.
+
+    Attributes:
         prompt: what the cache has not seen yet.
-        num_last: of its tokens, those that `generate` begins with. None: as many as go through in one pass.
+        synced_gpus: other processes have passes when this one has, for as long as one of them needs any.
+        num_last: tokens of the prompt that `generate` begins with. None: as many as go through in one pass.
         num_columns: columns of the whole prompt, where drafts may come after it. From the first pass on, they can be taken back.
-        has_beams: from the first pass on, rows are beams, and go into a copy: the cache could hold only those of the last step.
+        copies_cache: `generate` goes on with a copy. (Rows are beams there, and the cache could hold only those of the last step.)
+        num_other: columns of the text of `generate` less tokens seen: a constant, once the prompt has been fed.
+        is_idle: this text has ended, and those of other processes have not.
     """
-    view = _shallow_copy(model)
-    view.generation_config = _without_cache_options(model.generation_config)
-    prepare_inputs, update_kwargs = model.prepare_inputs_for_generation, model._update_model_kwargs_for_generation
-    device = _input_device(model)
-    num_other = None  # columns of `input_ids` less tokens seen: a constant, once the prompt has been fed
-    is_idle = False  # this text has ended, and those of other processes have not
 
-    @functools.wraps(prepare_inputs)
-    def prepare_inputs_for_generation(input_ids, *args, **kwargs):
-        nonlocal cache, num_other
-        others = prepare_inputs(input_ids[:, -1:], *args, **kwargs | {"past_key_values": None})
-        others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
-        if is_idle:
-            return others | _idle_pass(input_ids.to(device), "input_ids")
-        if num_other is not None:
-            return others | cache.prepare(input_ids[:, num_other + cache.get_seq_length() :].to(device))
-        if num_columns is not None:
-            cache._set_recording(False)
-        is_unfinished = functools.partial(model._has_unfinished_sequences, synced_gpus=synced_gpus, device=input_ids.device)
-        chunk = _feed_all_but_last_chunk(model, cache, prompt, chunk_size, others, num_last, is_unfinished)
-        if has_beams:
-            cache = copy.deepcopy(cache)
+    model: torch.nn.Module
+    cache: SinkCache
+    prompt: "Prompt | None"
+    chunk_size: int | None
+    synced_gpus: bool = False
+    num_last: int | None = None
+    num_columns: int | None = None
+    copies_cache: bool = False
+    num_other: int | None = None
+    is_idle: bool = False
+
+    def view(self) -> torch.nn.Module:
+        """A shallow copy of the model that shares all of it, but takes the inputs of its forward passes from here.
+
+        The model stays as it is, whatever happens; and several threads can have views of one model.
+        """
+        model, view = self.model, _shallow_copy(self.model)
+        view.generation_config = _without_our_options(model.generation_config)
+
+        @functools.wraps(model.prepare_inputs_for_generation)
+        def prepare_inputs_for_generation(input_ids, *args, **kwargs):
+            others = model.prepare_inputs_for_generation(input_ids[:, -1:], *args, **kwargs | {"past_key_values": None})
+            others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
+            return others | self._inputs_of_next_pass(input_ids, others)
+
+        @functools.wraps(model._update_model_kwargs_for_generation)
+        def update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs):
+            kept = {name: value for name, value in model_kwargs.items() if name not in GROWING_INPUTS}
+            updated = model._update_model_kwargs_for_generation(outputs, kept, *args, **kwargs)
+            if "cache_position" in updated:
+                updated["cache_position"] = updated["cache_position"][-1:]
+            return updated
+
+        @functools.wraps(model._has_unfinished_sequences)
+        def has_unfinished_sequences(this_peer_finished, *args, **kwargs):
+            self.is_idle = self.synced_gpus and bool(this_peer_finished)
+            return model._has_unfinished_sequences(this_peer_finished, *args, **kwargs)
+
+        view.prepare_inputs_for_generation = prepare_inputs_for_generation
+        view._update_model_kwargs_for_generation = update_model_kwargs_for_generation
+        view._has_unfinished_sequences = has_unfinished_sequences
+        _stop_counting(view)
+        return view
+
+    def _inputs_of_next_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
+        device = _input_device(self.model)
+        if self.is_idle:
+            return _idle_pass(input_ids.to(device), "input_ids")
+        if self.num_other is not None:
+            return self.cache.prepare(input_ids[:, self.num_other + self.cache.get_seq_length() :].to(device))
+        if self.num_columns is not None:
+            self.cache._set_recording(False)
+        chunk = self.all_but_last_chunk(others)
+        if self.copies_cache:
+            self.cache = copy.deepcopy(self.cache)
         num_copies = (len(input_ids) or 1) // len(chunk.tokens)
         if num_copies > 1:
             chunk = chunk.repeat(num_copies)
-            cache.batch_repeat_interleave(num_copies)
-        if num_columns is not None:
-            chunk = chunk.followed_by(input_ids[:, num_columns:])
-            cache.activate_past_recording()
-        prepared = cache.prepare(**chunk.arguments)
-        num_other = input_ids.shape[1] - max(cache._pass.num_seen_after)  # of the row that is the longest now
-        if num_columns is not None:
-            cache._num_other_columns = num_other
-        return others | prepared
+            self.cache.batch_repeat_interleave(num_copies)
+        if self.num_columns is not None:
+            chunk = chunk.followed_by(input_ids[:, self.num_columns :])
+            self.cache.activate_past_recording()
+        inputs = self.cache.prepare(**chunk.arguments)
+        self.num_other = input_ids.shape[1] - max(self.cache._pass.num_seen_after)  # of the row that is the longest now
+        if self.num_columns is not None:
+            self.cache._num_other_columns = self.num_other
+        return inputs
 
-    @functools.wraps(update_kwargs)
-    def update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs):
-        kept = {name: value for name, value in model_kwargs.items() if name not in GROWING_INPUTS}
-        updated = update_kwargs(outputs, kept, *args, **kwargs)
-        if "cache_position" in updated:
-            updated["cache_position"] = updated["cache_position"][-1:]
-        return updated
+    def all_but_last_chunk(self, others: dict) -> "Prompt":
+        """Run the prompt through the model but for its last chunk, which is returned.
 
-    @functools.wraps(model._has_unfinished_sequences)
-    def has_unfinished_sequences(this_peer_finished, *args, **kwargs):
-        nonlocal is_idle
-        is_idle = synced_gpus and bool(this_peer_finished)
-        return model._has_unfinished_sequences(this_peer_finished, *args, **kwargs)
-
-    view.prepare_inputs_for_generation = prepare_inputs_for_generation
-    view._has_unfinished_sequences = has_unfinished_sequences
-    view._update_model_kwargs_for_generation = update_model_kwargs_for_generation
-    _stop_counting(view)
-    return view
-
-
-def _feed_all_but_last_chunk(
-    model: torch.nn.Module,
-    cache: SinkCache,
-    prompt: "Prompt",
-    chunk_size: int | None,
-    others: dict,
-    num_last: int | None = None,
-    is_unfinished: Callable[[bool], bool] = operator.not_,
-) -> "Prompt":
-    """Run a prompt through the model but for its last chunk (of `num_last` tokens), which is returned for `generate` to go on with.
-
-    `is_unfinished(done)` says if there is more to do, here or in another process with which this one has to keep step.
-    """
-    others = {name: value for name, value in others.items() if not name.startswith("output_")}
-    as_written = _as_written(model)
-    filling, full = (chunk_size, chunk_size) if chunk_size is not None else DEFAULT_PREFILL_CHUNK_SIZE
-    while True:
-        size = filling if cache.num_tokens_seen < cache.window_length else full
-        size = min(size, cache.num_columns_at_once)
-        is_last = prompt.num_columns <= (num_last or size)
-        if not is_unfinished(is_last):
-            return prompt
-        if is_last:
-            as_written(**others | _idle_pass(prompt.tokens, prompt.name))
-        else:
-            chunk, prompt = prompt.split(min(size, prompt.num_columns - (num_last or 0)))
-            as_written(**others | cache.prepare(**chunk.arguments))
+        Args:
+            others: what else each pass takes.
+        """
+        cache, rest = self.cache, self.prompt.to(_input_device(self.model))
+        others = {name: value for name, value in others.items() if not name.startswith("output_")}
+        as_written = _as_written(self.model)
+        filling, full = (self.chunk_size, self.chunk_size) if self.chunk_size is not None else DEFAULT_PREFILL_CHUNK_SIZE
+        while True:
+            size = filling if cache.num_tokens_seen < cache.window_length else full
+            size = min(size, cache.num_columns_at_once)
+            is_last = rest.num_columns <= (self.num_last or size)
+            if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.synced_gpus, device=rest.tokens.device):
+                return rest
+            if is_last:
+                as_written(**others | _idle_pass(rest.tokens, rest.name))
+            else:
+                chunk, rest = rest.split(min(size, rest.num_columns - (self.num_last or 0)))
+                as_written(**others | cache.prepare(**chunk.arguments))
 
 
 def _idle_pass(tokens: torch.Tensor, name: str) -> dict:
@@ -3223,12 +3236,16 @@ def _prepare_processors(view: torch.nn.Module, prompt: "Prompt", num_copies: int
     view._get_logits_processor = get_logits_processor
 
 
-def _guidance(model, cache: SinkCache, prompt: "Prompt", negative: "Prompt", option, chunk_size: int | None) -> "Guidance | None":
+def _guidance(
+    model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", kwargs: dict, chunk_size: int | None
+) -> "Guidance | None":
     """What `guidance_scale` asks for.
 
     Raises:
         ValueError: the second text can't be processed exactly.
     """
+    option = functools.partial(_option, model, kwargs)
+    negative = Prompt(kwargs.get("negative_prompt_ids"), kwargs.get("negative_prompt_attention_mask"))
     scale = option("guidance_scale")
     if scale is None or scale == 1:
         return None
@@ -3251,7 +3268,7 @@ def _guidance(model, cache: SinkCache, prompt: "Prompt", negative: "Prompt", opt
     second = cache.empty_like()
     if negative.tokens is not None:
         try:
-            negative = _unseen(negative, second, 1).to(_input_device(model))
+            negative = _unseen(negative, second, 1)
         except ValueError as error:
             raise ValueError(f"negative_prompt_ids can't be used: {error}") from None
         if len(negative.tokens) != len(prompt.tokens):
@@ -3259,7 +3276,7 @@ def _guidance(model, cache: SinkCache, prompt: "Prompt", negative: "Prompt", opt
                 f"negative_prompt_ids has {len(negative.tokens)} rows, and the prompt has {len(prompt.tokens)}. Pass one for each."
             )
     second.bind(model)
-    return Guidance(model, second, scale, negative if negative.tokens is not None else None, chunk_size)
+    return Guidance(scale, Feed(model, second, negative if negative.tokens is not None else None, chunk_size))
 
 
 class Guidance(LogitsProcessor):
@@ -3269,18 +3286,19 @@ class Guidance(LogitsProcessor):
     That of transformers lets the cache of the second text grow. Here it is a `SinkCache`, with the window of the first.
     """
 
-    def __init__(self, model: torch.nn.Module, cache: SinkCache, scale: float, prompt: "Prompt | None", chunk_size: int | None):
-        self.model, self.cache, self.scale, self.prompt, self.chunk_size = model, cache, scale, prompt, chunk_size
+    def __init__(self, scale: float, feed: Feed):
+        self.scale, self.feed = scale, feed
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores `[rows, vocab]` in, log-probabilities out."""
-        others = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
-        new = Prompt(input_ids[:, -1:].to(_input_device(self.model)), None)
-        if not self.cache.is_initialized:
-            prompt = self.prompt or new
-            prompt = prompt.repeat(len(input_ids) // len(prompt.tokens))
-            new = _feed_all_but_last_chunk(self.model, self.cache, prompt, self.chunk_size, others)
-        logits = self.model(**others | self.cache.prepare(**new.arguments)).logits[:, -1]
+        feed, model = self.feed, self.feed.model
+        others = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        new = Prompt(input_ids[:, -1:].to(_input_device(model)), None)
+        if not feed.cache.is_initialized:
+            feed.prompt = feed.prompt or new
+            feed.prompt = feed.prompt.repeat(len(input_ids) // len(feed.prompt.tokens))
+            new = feed.all_but_last_chunk(others)
+        logits = model(**others | feed.cache.prepare(**new.arguments)).logits[:, -1]
         negative = logits.to(scores).log_softmax(-1)
         return negative + self.scale * (scores.log_softmax(-1) - negative)
 
@@ -3332,7 +3350,7 @@ def _drafting_model(model: torch.nn.Module, cache: SinkCache, chunk_size: int | 
     own_cache.bind(assistant)
     _check_roll_back(assistant, own_cache)
     view = _shallow_copy(assistant)
-    view.generation_config = _without_cache_options(assistant.generation_config)
+    view.generation_config = _without_our_options(assistant.generation_config)
     num_cut_anew = 0 if kwargs.get("assistant_tokenizer") is None else NUM_TOKENS_CUT_ANEW
     view.generate = Drafter(assistant, own_cache, chunk_size, num_cut_anew)
     return view
@@ -3388,9 +3406,9 @@ class Drafter:
         unseen = Prompt(input_ids[:, self.cache.num_tokens_seen :], None)
         num_last = 2 + self.num_cut_anew  # the last token of a draft, which was not fed, and the one that follows it
         outputs = type(self.model).generate(
-            _view(self.model, self.cache, unseen, self.chunk_size, False, num_last, num_columns=input_ids.shape[1]),
+            Feed(self.model, self.cache, unseen, self.chunk_size, num_last=num_last, num_columns=input_ids.shape[1]).view(),
             History.of(input_ids),
-            generation_config=_without_cache_options(generation_config),
+            generation_config=_without_our_options(generation_config),
             logits_processor=logits_processor,
             min_new_tokens=min_new_tokens,
             max_new_tokens=max_new_tokens,
@@ -3707,7 +3725,7 @@ def _is_sink_cache(cache) -> bool:
     return type(cache).__name__ == "SinkCache" and hasattr(cache, "prepare")
 
 
-def _without_cache_options(generation_config):
+def _without_our_options(generation_config):
     """A copy that leaves the choice of the cache, the feeding of the prompt, guidance and drafts of the first layers to us."""
     generation_config = copy.deepcopy(generation_config)
     for name in ("cache_implementation", "cache_config", "prefill_chunk_size", "guidance_scale", "assistant_early_exit"):
