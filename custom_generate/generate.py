@@ -3006,11 +3006,10 @@ def generate(
     """
     model = _unwrapped(model)
     kwargs = {name: value for name, value in kwargs.items() if name not in LOADER_ARGUMENTS}
-    kwargs |= {
-        "generation_config": generation_config,
-        "assistant_model": assistant_model,
-        "input_ids": kwargs.get("input_ids", inputs),
-    }
+    if inputs is not None and kwargs.get("input_ids") is not None:
+        raise ValueError("The prompt is passed twice, as inputs and as input_ids. Leave one of them out.")
+    kwargs |= {"input_ids": kwargs.get("input_ids") if inputs is None else inputs}
+    kwargs |= {"generation_config": generation_config, "assistant_model": assistant_model}
     option = functools.partial(_option, model, kwargs)
     _check_options(model, kwargs)
     cache = _cache_to_use(model, kwargs, window_length, num_sink_tokens)

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field
 
 from common import readme_block, write_readme_block
-from generate import SUPPORTED_ATTENTION, UNSUPPORTED_OPTIONS
+from generate import HAS_ALL_BEAM_SEARCHES, SUPPORTED_ATTENTION, UNSUPPORTED_OPTIONS
 
 VERDICTS = WORKS, NO_EFFECT, REFUSED, NOT_TRIED = "works", "no effect", "refused", "not tried"
 
@@ -58,6 +58,7 @@ def refused(names: tuple[str, ...], reason: str, **trial) -> Row:
 PROCESSORS = "test_modes.py::test_an_option_makes_of_the_logits_what_it_stands_for"
 GUIDANCE = "test_modes.py::test_guidance_follows_both_oracles"
 SHAPES = "test_modes.py::test_shapes_of_what_is_recorded_past_the_window"
+BEAMS = "test_beams.py::test_beams_past_the_window_equal_beams_without_a_cache"
 LENGTHS = "test_modes.py::test_lengths_count_what_transformers_counts"
 
 OPTIONS = [
@@ -87,34 +88,33 @@ OPTIONS = [
         "the second text has a window of its own, and begins anew with each call; not with beams or assisted decoding",
     ),
     works("num_return_sequences", "test_generate.py::test_several_return_sequences_past_the_window_each_follow_the_rules"),
-    works("num_beams", "test_generate.py::test_beams_past_the_window_equal_beams_without_a_cache"),
-    not_tried("early_stopping length_penalty", "with beams, past the window"),
+    works("num_beams early_stopping length_penalty", BEAMS, "the cache stays at the prompt, and the next call reads the answer again"),
+    *([works("num_beam_groups diversity_penalty constraints force_words_ids", BEAMS)] if HAS_ALL_BEAM_SEARCHES else []),
+    works("assistant_model", "test_assisted.py::test_an_assistant_has_a_window_of_its_own", "one text at a time; see *Assisted decoding and beams*"),
+    works("assistant_early_exit", "test_assisted.py::test_the_first_layers_draft"),
+    works("prompt_lookup_num_tokens max_matching_ngram_size", "test_assisted.py::test_looking_up_the_prompt"),
+    works("assistant_tokenizer target_lookbehind assistant_lookbehind", "test_assisted.py::test_two_tokenizers", "with `tokenizer`"),
+    works(
+        "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold",
+        "test_assisted.py::test_an_assistant_that_is_sometimes_right",
+    ),
     works("return_dict_in_generate output_logits output_scores", PROCESSORS),
     works("output_attentions output_hidden_states", SHAPES, "see *Output Type changes*"),
     works("prefill_chunk_size", "test_generate.py::test_the_chunk_length_does_not_change_the_logits"),
+    works("cache_implementation", "test_static.py::test_generate_compiles_once", "see the table of caches"),
+    works("cache_config", "test_quantized.py::test_generate", 'with `cache_implementation="quantized"`'),
     works("compile_config", "test_static.py::test_generate_compiles_once", 'with `cache_implementation="static"`'),
     works("use_model_defaults", "test_modes.py::test_defaults_of_the_model", "transformers 4"),
     works("custom_generate trust_remote_code", "test_loading.py::test_every_way_in_gives_the_same_text", "and what goes with them: `revision`, `token`, ..."),
     refused(("use_cache=False",), "without a cache there is nothing to bound", use_cache=False),
     refused(("token_type_ids", "other tensors"), "it can't be split over the passes", token_type_ids=[[0] * 5]),
-    no_effect(
-        "for assisted decoding",
-        num_assistant_tokens=3,
-        num_assistant_tokens_schedule="constant",
-        assistant_confidence_threshold=0.3,
-        assistant_lookbehind=3,
-        target_lookbehind=3,
-        assistant_ensemble_weight=0.5,
-        max_matching_ngram_size=3,
-        speculation_type="dflash",
-        assistant_tokenizer="any",
-    ),
+    no_effect("for assisted decoding with `do_sample`", assistant_ensemble_weight=0.5),
     no_effect("set by transformers on an assistant; fails without one, as in transformers", is_assistant=True),
-    no_effect("for `num_beam_groups`", diversity_penalty=0.5),
+    *([] if HAS_ALL_BEAM_SEARCHES else [no_effect("for `num_beam_groups`", diversity_penalty=0.5)]),
     no_effect("for encoder-decoder models", decoder_start_token_id=3, forced_decoder_ids=[[1, 2]], generation_kwargs={"a": 1}),
     no_effect("transformers has dropped it", low_memory=True),
     no_effect('without `cache_implementation="static"`', disable_compile=True),
-    not_tried("synced_gpus", "several processes"),
+    works("synced_gpus", "test_distributed.py::test_a_process_that_has_done_keeps_step", "FSDP and DeepSpeed: one process that has done waits for the others"),
     no_effect("only the last logits are computed anyway", logits_to_keep=3),
     no_effect("says which release wrote the config", transformers_version="4.52.0"),
 ]  # fmt: skip
@@ -125,11 +125,10 @@ OTHER_CACHE = UNSUPPORTED_OPTIONS["cache_implementation"]
 CACHES = [
     works("dynamic", "test_errors.py::test_a_cache_of_another_class", "also an empty `DynamicCache`: a `SinkCache` takes its place"),
     works("static", "test_static.py::test_generate_compiles_once", "a `SinkCache` whose buffers never move, for compiled models"),
-    refused(("quantized",), OTHER_CACHE, cache_implementation="quantized"),
-    refused(("offloaded",), OTHER_CACHE, cache_implementation="offloaded"),
-    refused(("offloaded_static",), OTHER_CACHE, cache_implementation="offloaded_static"),
+    works("quantized", "test_quantized.py::test_it_equals_the_reference", "sinks and the most recent tokens stay as they are, each older token is quantized once"),
+    works("offloaded offloaded_static offloaded_hybrid offloaded_hybrid_chunked", "test_offloaded.py::test_generate", "the window is kept in the memory of the host"),
     refused(("sliding_window",), OTHER_CACHE, cache_implementation="sliding_window"),
-    refused(("hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"), OTHER_CACHE, cache_implementation="hybrid"),
+    refused(("hybrid", "hybrid_chunked"), OTHER_CACHE, cache_implementation="hybrid"),
     refused(("dynamic_full",), OTHER_CACHE, cache_implementation="dynamic_full"),
     refused(("mamba",), OTHER_CACHE, cache_implementation="mamba"),
     refused(("paged",), OTHER_CACHE, cache_implementation="paged"),
@@ -158,10 +157,11 @@ AROUND = [
     Row(("`transformers serve`, `transformers chat`",), WORKS, "", "test_readme.py::test_a_chat_with_the_server_is_answered_from_the_window"),
     Row(("`torch.compile`",), WORKS, "the static mode", "test_static.py::test_a_model_that_the_user_compiled"),
     Row(("a copy of a cache",), WORKS, "`copy.deepcopy`", "test_cache.py::test_a_deep_copy_goes_on_by_itself"),
-    Row(("saving and loading a cache",), NOT_TRIED),
-    Row(("several threads",), NOT_TRIED),
-    Row(("PEFT",), NOT_TRIED),
-    Row(("`device_map`, tensor parallel",), NOT_TRIED),
+    Row(("saving and loading a cache",), WORKS, "`cache.save`, `SinkCache.load`; not yet if it is quantized or offloaded", "test_state.py::test_it_goes_on_with_the_same_bits"),
+    Row(("several threads",), WORKS, "each with its own cache", "test_threads.py::test_streams_in_threads_do_not_touch_each_other"),
+    Row(("PEFT adapters",), WORKS, "prompt tuning and prefix tuning are refused", "test_wrapped.py::test_adapters"),
+    Row(("`device_map`",), WORKS, "layers on several devices, weights in the memory of the host or on disk", "test_devices.py::test_weights_that_are_offloaded"),
+    Row(("tensor parallel",), WORKS, "", "test_distributed.py::test_layers_that_are_split_over_processes"),
 ]  # fmt: skip
 
 OPTION = "option of `generate`"
@@ -172,6 +172,8 @@ def unsupported() -> list[Row]:
     """What `generate` refuses by name: one row for each reason."""
     names: dict[str, list[str]] = {}
     for name, reason in UNSUPPORTED_OPTIONS.items():
+        if name == "cache_implementation":
+            continue  # some work: the table of caches
         names.setdefault(reason, []).append(name)
     return [refused(tuple(group), reason, **dict.fromkeys(group, 2)) for reason, group in names.items()]
 
