@@ -4,7 +4,6 @@ The reference keeps everything in full precision. For each query it puts in the 
 make of them, quantized and back, block by block; which those are, and where its keys stand then, is written down here from the rules.
 """
 
-import contextlib
 import copy
 import importlib.util
 
@@ -195,7 +194,7 @@ def test_rows_of_different_lengths(model):
 
 
 @pytest.mark.parametrize("num_seen", [40, 62, 90])
-@pytest.mark.parametrize("sizes, num_rejected", [([5], 5), ([14], 3), ([1] * 7, 6), ([3, 4], 5)])
+@pytest.mark.parametrize("sizes, num_rejected", [([5], 5), ([14], 3), ([1] * 7, 6), ([3, 4], 5), ([1] * 14, 14)])
 def test_roll_back(model, num_seen, sizes, num_rejected):
     """What was quantized for tokens that are taken back is whole again; also where positions were lowered in between (at 64)."""
     cache, passes = new_cache(model), [[]]
@@ -254,20 +253,26 @@ def test_a_deep_copy_goes_on_by_itself(model):
     assert_as_reference(model, cache, feed_on(model, cache, ids, [1] * 60 + [20], passes), ids, passes[0])
 
 
+def interrupt(model, cache: SinkCache, ids: torch.Tensor) -> None:
+    handle = model.model.layers[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, cache, ids, [ids.shape[1]])
+    handle.remove()
+
+
 def test_an_interrupted_pass(model):
-    """Over one token, at which a block is quantized, it can be repeated; over several it can't: tokens have made room for others."""
+    """Over one token, at which a block is quantized, it can be repeated; over several it can't: they took the room of others, also
+    while the window is filling."""
     ids, cache, passes = random_ids(100), new_cache(model), [[]]
+    feed_on(model, cache, ids, [18], passes)
+    branch = copy.deepcopy(cache)
+    interrupt(model, branch, ids[:, 18:30])
+    with pytest.raises(ValueError, match="interrupted"):
+        branch.prepare(ids[:, 18:19])
     num_seen = NUM_SINK_TOKENS + RESIDUAL + 7 * BLOCK - 1
-    feed_on(model, cache, ids, [num_seen], passes)
-    for size, raises in ((1, contextlib.nullcontext()), (2, pytest.raises(ValueError, match="interrupted"))):
-        branch = copy.deepcopy(cache)
-        handle = model.model.layers[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            feed(model, branch, ids[:, num_seen : num_seen + size], [size])
-        handle.remove()
-        with raises:
-            more = [list(passes[0])]
-            assert_as_reference(model, branch, feed_on(model, branch, ids, [1] * 35, more), ids[:, : num_seen + 35], more[0])
+    feed_on(model, cache, ids, [num_seen - 18], passes)
+    interrupt(model, cache, ids[:, num_seen : num_seen + 1])
+    assert_as_reference(model, cache, feed_on(model, cache, ids, [1] * 35, passes), ids, passes[0])
 
 
 def test_what_it_holds_is_bounded_and_counted(model):
