@@ -562,7 +562,10 @@ class Probe:
 
     def check_that_texts_can_be_split(self) -> None:
         cache = _own_cache(self.config)
-        self._ask(cache, slice(0, 1))
+        try:
+            self._ask(cache, slice(0, 1), dict.fromkeys((*FULL_MASKS, *SLIDING_MASKS, *PADDING_MASKS)))
+        except Exception as error:
+            raise self._refusal("this release takes no masks for its recurrent and other layers: try a newer one") from error
         logits = self._ask(cache, slice(1, 3))
         reason = "its logits depend on how a text is split into passes: its recurrent layers forget their state in a pass of several tokens"
         self._compare(logits[:, -1], self.logits[:, -1], 10, reason)  # 10: the two ways of a recurrence round differently
@@ -583,12 +586,13 @@ class Probe:
         if length is not None and self.window_length > length:
             raise ValueError(f"window_length={self.window_length} is too long for {self.name} ({option}={length}): {reason}.")
 
-    def _ask(self, cache: DynamicCache, columns: slice) -> torch.Tensor:
+    def _ask(self, cache: DynamicCache, columns: slice, masks: dict | None = None) -> torch.Tensor:
         """Logits `[texts * positions, 1 or columns, vocab]` of these columns of the texts, which go into the cache."""
         inputs = {
             "input_ids": self.texts.repeat_interleave(len(self.positions), dim=0)[:, columns],
             "position_ids": (self.positions.repeat(len(self.texts))[:, None] + torch.arange(3))[:, columns],
             "past_key_values": cache,
+            "attention_mask": masks,
             "use_cache": True,
             "logits_to_keep": 1,
         }
@@ -660,6 +664,13 @@ def _check_is_decoder(model: torch.nn.Module) -> None:
 
 # In place of the length of a native window.
 NO_KEYS = "no keys"
+# Under which names models with recurrent layers look for the masks of those that see all, of those with a native window, and of those
+# that have to know only what is padding.
+FULL_MASKS, SLIDING_MASKS, PADDING_MASKS = (
+    ("full_attention", "hybrid"),
+    ("sliding_attention", "hybrid_sliding"),
+    ("linear_attention", "conv"),
+)
 
 
 def _inverse_frequencies(model: torch.nn.Module, config) -> list[torch.Tensor]:
@@ -2359,16 +2370,10 @@ class SinkCache(Cache):
                 masks |= dict.fromkeys(names, mask.expand(self._batch_size, -1, -1, -1))
         if self._traits.is_recurrent:
             # Under all names under which these models look for them.
-            full = next((masks[name] for name in (None, "full_attention", "hybrid") if name in masks), None)
-            sliding = next((masks[name] for name in ("sliding_attention", "hybrid_sliding") if name in masks), None)
-            return masks | {
-                "full_attention": full,
-                "hybrid": full,
-                "sliding_attention": sliding,
-                "hybrid_sliding": sliding,
-                "linear_attention": padding,
-                "conv": padding,
-            }
+            full = next((masks[name] for name in (None, *FULL_MASKS) if name in masks), None)
+            sliding = next((masks[name] for name in SLIDING_MASKS if name in masks), None)
+            masks |= dict.fromkeys(FULL_MASKS, full) | dict.fromkeys(SLIDING_MASKS, sliding)
+            return masks | dict.fromkeys(PADDING_MASKS, padding)
         return masks if self._traits.layer_types else masks[None]
 
     def _mask_names(self, group: LayerGroup) -> list[str | None]:
