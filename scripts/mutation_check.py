@@ -34,9 +34,19 @@ SOURCE = Path("custom_generate", "generate.py")
 
 # What pytest is given, one after the other until something fails: a few seconds each at first.
 TESTS = [
-    ["tests/test_cache.py", "-k", "by_hand or says_what or deep_copy or batch"],
-    ["tests/test_families.py", "-k", "(llama-eager or llama-sdpa or qwen2-half-sliding-sdpa or bloom or gpt-j) and not oracle_notices"],
-    ["tests/test_static.py", "-k", "fed_without or nothing_moves or interrupted or draft or falcon or come_and_go"],
+    [
+        "tests/test_cache.py::test_slots_of_tokens_by_hand",
+        "tests/test_cache.py::test_operations_on_a_batch_of_rows_of_different_lengths[lengths0]",
+        "tests/test_families.py::test_logits_equal_the_oracle_however_the_tokens_are_fed[llama-sdpa]",
+        "tests/test_families.py::test_a_row_does_not_depend_on_padding_or_other_rows[qwen2-half-sliding-eager]",
+        "tests/test_families.py::test_a_row_does_not_depend_on_padding_or_other_rows[bloom-eager]",
+        "tests/test_static.py::test_however_the_tokens_are_fed_without_compiling",
+        "tests/test_static.py::test_rows_come_and_go[options1]",
+        "tests/test_cache.py::test_roll_back_over_several_passes_and_a_rebase",
+        "tests/test_generate.py::test_the_longest_row_may_be_another_one_after_a_turn",
+    ],
+    ["tests/test_cache.py"],
+    ["tests/test_families.py", "-k", "(qwen2-half-sliding or mistral-long or gpt-j or dynamic or every_shape) and not oracle_notices"],
     ["tests/test_fuzz.py"],
     ["tests/test_cache.py", "tests/test_rotation.py", "tests/test_invariants.py", "tests/test_errors.py", "tests/test_memory.py"],
     ["tests/test_generate.py"],
@@ -225,6 +235,9 @@ MUTATIONS = {
 # Changes that no test can notice: name -> why.
 EQUIVALENT = {
     "rotation: the wrong way": "both directions are tried, and the one that explains the model is found under the other name",
+    "step: copies of the sinks, one less": "it is told to nobody: a pass of this kind has a mask of its own, which has its length",
+    "mask: padding sees nothing": "from torch 2.5 on, what attends to nothing is 0, and padding is not looked at; before, it is NaN",
+    "mask: padding does not see itself": "as above",
 }
 
 # Where a program makes changes.

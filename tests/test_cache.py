@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
 from families import EAGER_ONLY, build_model, first_served
-from generate import MODELS_ASK_FOR_QUERY_OFFSET, SinkCache, Window
+from generate import MODELS_ASK_FOR_QUERY_OFFSET, SinkCache, Step, Window
 from oracle import oracle_logits
 
 # Tokens seen before the operation: fewer than the sinks, filling, at the edge, past it, past several re-bases.
@@ -49,6 +49,24 @@ def test_slots_of_tokens_by_hand():
     assert window.token(slots, torch.tensor(10)).tolist() == [0, 1, 8, 9, 7]
     seen_by_7 = [bool(window.sees(torch.tensor(7), torch.tensor(key))) for key in range(10)]
     assert seen_by_7 == [True, True, False, False, False, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("num_seen", [[50], [3, 20]])
+def test_no_slot_is_written_twice_in_a_pass(num_seen):
+    """Which of two writes wins is not defined on a GPU: a CPU takes the last one, which would hide it."""
+    num_rows = len(num_seen)
+    step = Step(Window(16, 4), num_seen, [40] * num_rows, 40, [0] * num_rows, torch.device("cpu"), is_ordered=False)
+    rows, slots, _ = step.written(num_rows)
+    assert len(set(zip(rows.tolist(), slots.tolist()))) == len(slots) == (12 if num_seen == [50] else 13 + 12)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_what_padding_computes_is_a_number(implementation):
+    """Nobody looks at it, but where a key of padding is masked, 0 * NaN is NaN. (Before torch 2.5, to attend to nothing gives that.)"""
+    model = build_model("llama", implementation)
+    ids, mask = left_padded([random_ids(5), random_ids(30)])
+    for sizes in [30], [12, 18], [1] * 30:
+        assert feed(model, new_cache(model), ids, sizes, mask).isfinite().all()
 
 
 @pytest.mark.parametrize("num_seen", FILL_LEVELS)
