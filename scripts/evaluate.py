@@ -384,44 +384,35 @@ def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 class Results:
-    """The lines of the CSV file, of this run and of others. Without a path they are kept in memory only."""
+    """The lines of a CSV file, of this run and of others, each of one method under some conditions."""
 
-    def __init__(self, path: Path | None, about: dict):
-        self.path = path
+    def __init__(self, path: Path, about: dict, columns: list[str], conditions: list[str]):
+        self.path, self.columns, self.conditions = path, columns, conditions
         self.about = {name: str(value) for name, value in about.items()}
-        self.rows: list[dict[str, str]] = read_csv(path) if path is not None and path.exists() else []
+        self.rows: list[dict[str, str]] = read_csv(path) if path.exists() else []
 
-    def of(self, method: Method) -> list[dict[str, str]]:
-        """What has been measured with this method under the conditions of this run, by position."""
-        wanted = {name: self.about[name] for name in CONDITIONS} | method.columns
-        rows = [row for row in self.rows if all(row[name] == value for name, value in wanted.items())]
-        return sorted(rows, key=lambda row: int(row["start"]))
+    def of(self, method: "Method") -> list[dict[str, str]]:
+        """What has been measured with this method under the conditions of this run."""
+        wanted = {name: self.about[name] for name in self.conditions} | method.columns
+        return [row for row in self.rows if all(row[name] == value for name, value in wanted.items())]
 
-    def forget(self, method: Method) -> None:
+    def forget(self, method: "Method") -> None:
         old = self.of(method)
         self.rows = [row for row in self.rows if row not in old]
         self._write()
 
-    def add(self, method: Method, row: dict) -> None:
-        row = {name: str(rounded(value)) for name, value in row.items()} | method.columns
-        row = {name: (self.about | {"measure": "stream"} | row)[name] for name in CSV_COLUMNS}
-        self.rows.append(row)
-        if self.path is None:
-            return
-        if not self.path.exists():
-            self._write()
-            return
+    def add(self, method: "Method", row: dict) -> None:
+        row = self.about | {name: str(rounded(value)) for name, value in row.items()} | method.columns
+        self.rows.append({name: row.get(name, "") for name in self.columns})
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n").writerow(row)
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(self.rows[-1])
 
     def _write(self) -> None:
         """All at once, in place of the former file."""
-        if self.path is None or not (self.rows or self.path.exists()):
-            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         other = self.path.with_name(self.path.name + ".part")
         with other.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(other, self.path)
@@ -433,7 +424,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def over(rows: list[dict[str, str]], start: int, stop: int) -> dict:
-    """Several buckets as one. Standard errors are those of buckets that are independent of each other."""
+    """Several buckets, in order of position, as one. Standard errors are those of buckets that are independent of each other."""
     rows = [row for row in rows if start <= int(row["start"]) < stop and int(row["num_predictions"])]
     counts = [int(row["num_predictions"]) for row in rows]
     if not rows or int(rows[-1]["stop"]) < stop:
@@ -492,25 +483,27 @@ def print_table(edges: list[int], measured: dict[Method, list[dict]]) -> list[di
 
 
 def compare_with_published(args, measured: dict[Method, list[dict]]) -> list[dict]:
-    """Perplexities from the first token on, measured and published; published ones of this preset without a measured one, too."""
+    """Perplexities from the first token on, published and measured. Of another model than those published, all that there is."""
+    published = [row for row in read_csv(PUBLISHED) if row["preset"] == args.preset]
+    name = model_name(args)
+    published = [row for row in published if row["model"].lower() == name.lower()] or published
     compared = []
-    for row in read_csv(PUBLISHED):
-        if row["preset"] != args.preset:
-            continue
-        wanted = {name: row[name] for name in METHOD_COLUMNS}
-        found = [over(rows, 0, int(row["num_tokens"])) for method, rows in measured.items() if method.columns == wanted]
-        is_same_model = row["model"].lower() == args.model.rstrip("/").rpartition("/")[2].lower()
-        value = found[0].get("perplexity") if found and found[0] and is_same_model else None
-        compared.append(
-            {name: row[name] for name in ("model", "cache", "num_tokens", "perplexity", "source")} | {"measured": value}
-        )
-    print("\n| model | cache | tokens | published | measured | source |\n|---|---|---|---|---|---|")
+    for row in published:
+        wanted = {column: row[column] for column in METHOD_COLUMNS}
+        stop = min(args.num_tokens, max(1, round(int(row["num_tokens"]) / args.bucket_length)) * args.bucket_length)
+        found = [over(rows, 0, stop) for method, rows in measured.items() if method.columns == wanted]
+        value = found[0].get("perplexity") if found else None
+        compared.append({key: row[key] for key in ("model", "cache", "num_tokens", "perplexity", "source")} | {"measured": value})
+    print(f"\n| model | cache | tokens | published | measured, {name} | source |\n|---|---|---|---|---|---|")
     for row in compared:
-        measured_value = "" if row["measured"] is None else f"{row['measured']:.4g}"
-        print(
-            f"| {row['model']} | {row['cache']} | {row['num_tokens']} | {row['perplexity']} | {measured_value} | {row['source']} |"
-        )
+        value = "" if row["measured"] is None else f"{row['measured']:.4g}"
+        print(f"| {row['model']} | {row['cache']} | {row['num_tokens']} | {row['perplexity']} | {value} | {row['source']} |")
     return compared
+
+
+def model_name(args) -> str:
+    """Without its organization or folder."""
+    return "tiny" if Path(args.model).resolve() == ROOT else args.model.rstrip("/").rpartition("/")[2] or args.model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,12 +569,16 @@ def main() -> None:
     names = ("num_tokens", "skip_tokens", "special_tokens", "batch_size", "chunk_length", "bucket_length", "recompute_every")
     about = describe_run(args) | {name: getattr(args, name) for name in names}
     about |= {
-        "model": "tiny" if Path(args.model).resolve() == ROOT else args.model.rstrip("/").rpartition("/")[2] or args.model,
+        "model": model_name(args),
         "revision": getattr(model.config, "_commit_hash", None) or args.revision or "",
         "text": text_name(args),
         "text_crc32": f"{zlib.crc32(stream.inputs.numpy().tobytes()):08x}",
     }
-    results = Results(args.csv, about)
+    results = Results(args.csv, about | {"measure": "stream"}, CSV_COLUMNS, CONDITIONS)
+
+    def measured_with(method: Method) -> list[dict[str, str]]:
+        return sorted(results.of(method), key=lambda row: int(row["start"]))
+
     measured, is_interrupted = {}, False
     try:
         for method in chosen_methods(args):
@@ -597,11 +594,11 @@ def main() -> None:
 
                 with tqdm(total=num_tokens, desc=str(method), unit="token", file=sys.stderr) as progress:
                     measure(method.reader(model, args), stream, args, num_tokens, keep, progress)
-            measured[method] = results.of(method)
+            measured[method] = measured_with(method)
     except KeyboardInterrupt:
         is_interrupted = True
         print("Interrupted: what follows was measured before. --resume goes on.", file=sys.stderr)
-        measured = {method: results.of(method) for method in chosen_methods(args)}
+        measured = {method: measured_with(method) for method in chosen_methods(args)}
     edges = table_edges(args)
     table = print_table(edges, measured)
     published = compare_with_published(args, measured) if args.preset else []
