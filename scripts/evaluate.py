@@ -12,7 +12,8 @@ What is recomputed is slow: past the first window only every `--recompute-every`
 
 Texts are read in exact chunks: the logits are those of one token at a time, and memory is bounded by window and chunk, for streams of
 millions of tokens. Position t is that of the token being processed, which predicts the next; a standard error is that of the mean over
-texts, or with fewer than 8 of them over blocks of 64 tokens. Nothing is drawn at random, so there is no seed.
+texts, or with fewer than 8 of them over blocks of 64 tokens. Time is that of reading and scoring, on a CPU that of the process: what
+else runs there does not count. Nothing is drawn at random, so there is no seed.
 
 Each line of `--csv` is one method over one bucket of positions, written as soon as it is measured. Ctrl-C keeps what was: the exit status
 is 130 then, and `--resume` leaves out what the file has. (A stream that was cut is read again from its start.) Without it, the methods
@@ -345,15 +346,15 @@ def standard_error(nats: torch.Tensor) -> float:
 def measure(reader, stream: Stream, args, num_tokens: int, on_row, progress: tqdm) -> None:
     """Read the stream, and hand the row of each bucket to `on_row` when it is complete."""
     bucket, position = None, 0
+    clock = time.perf_counter if args.device.startswith("cuda") else time.process_time
     while position < num_tokens:
         size = min(args.chunk_length, reader.num_columns_at_once, num_tokens - position)
         chunk = slice(position, position + size)
-        started = time.perf_counter()
+        started = clock()
         logits, columns = reader.read(stream.inputs[:, chunk].to(args.device))
-        targets = stream.targets[:, chunk][:, columns].to(args.device)
-        nats, hits = score(logits, targets)
-        seconds = time.perf_counter() - started
-        nats, hits, predicted = nats.cpu(), hits.cpu(), torch.arange(position, position + size)[columns]
+        nats, hits = (part.cpu() for part in score(logits, stream.targets[:, chunk][:, columns].to(args.device)))
+        seconds = clock() - started
+        predicted = torch.arange(position, position + size)[columns]
         while position < chunk.stop:
             if bucket is None:
                 start = position // args.bucket_length * args.bucket_length

@@ -260,11 +260,10 @@ def draw_cost_by_position(plt, path: Path, rows: list[Row]) -> None:
             color, line, name = style(points[0], rows)
             values = [float(point[column]) / scale for point in points]
             stops = [float(point["stop"]) for point in points]
-            near = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
-            axes.plot(stops, values, color=color, linewidth=0.7, alpha=0.35)
-            axes.plot(stops, [median(each) for each in near], color=color, linestyle=line, linewidth=2, label=name)
-            if points[0]["method"] == "full":
-                axes.plot(stops[-1], values[-1], color=color, marker="o")
+            if column == "ms_per_token":
+                axes.plot(stops, values, color=color, linewidth=0.7, alpha=0.35)
+                values = [median(values[max(0, index - half) : index + half + 1]) for index in range(len(values))]
+            axes.plot(stops, values, color=color, linestyle=line, linewidth=2, label=name)
         low, high = axes.get_ylim()
         axes.set_ylim(low / 2, high * 2)
         label_axes(axes, ("position in the text", label))
@@ -275,7 +274,7 @@ def draw_cost_by_position(plt, path: Path, rows: list[Row]) -> None:
     panels[0].text(
         0,
         -0.2,
-        f"{note}. Thin: as measured. Thick: medians of {SMOOTHED_BUCKETS}.",
+        f"{note}. Time: thin as measured, thick medians of {SMOOTHED_BUCKETS}.",
         transform=panels[0].transAxes,
         size=9,
         color="#666666",
@@ -321,7 +320,7 @@ def draw_recall_by_distance(plt, path: Path, rows: list[Row]) -> None:
 READ = "model", "text", "text_crc32", "device_name", "num_threads", "batch_size"
 FIGURES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Callable, str]] = {
     "perplexity_by_position": ("evaluate.csv", ("stream",), (*READ, "dtype"), draw_perplexity_by_position, "evaluate"),
-    "cost_by_position": ("long.csv", ("stream",), ("model", "text", "device_name"), draw_cost_by_position, "evaluate"),
+    "cost_by_position": ("cost.csv", ("stream",), ("model", "text", "device_name"), draw_cost_by_position, "evaluate"),
     "recall_by_distance": ("recall.csv", ("recall",), (*CONDITIONS, "task", "text"), draw_recall_by_distance, "stream_eval"),
     "time_by_position": ("benchmark.csv", ("stream",), (*CONDITIONS, "window_length"), draw_time_by_position, "benchmark"),
     "memory_by_position": ("benchmark.csv", ("stream",), (*CONDITIONS, "window_length"), draw_memory_by_position, "benchmark"),

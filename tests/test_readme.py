@@ -59,6 +59,7 @@ SHORTER = {
     "--num-tokens 100000 --skip-tokens 900000": "--num-tokens 200 --skip-tokens 100",
     "--window-length 16 32 64 128 256 512 1024 2048 4096": "--window-length 16 256",
     "--num-tokens 12288": "--num-tokens 300",
+    "--num-tokens 16384": "--num-tokens 300",
     "--max-new-tokens 50000": "--max-new-tokens 300",
     "--num-threads 1": "--num-threads 1 --preset tiny --window-length 32 --num-tokens 4 --num-rounds 2 --methods sink dynamic",
     "--measure age --preset tiny --window-length 256 --num-tokens 200": "--measure age --age 20 40",

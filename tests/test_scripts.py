@@ -53,8 +53,8 @@ def test_evaluate_and_recall_and_their_figures(tmp_path):
     lines = ["scripts/evaluate.py", *short, "--batch-size", 2, "--csv", tmp_path / "evaluate.csv"]
     result = last_line(run(*lines))
     assert [row["method"] for row in result["results"]] == ["full", "window", "sinks", "recompute", "recompute-sinks"]
-    long = ["--batch-size", 1, "--methods", "full", "sinks", "--bucket-length", 50, "--csv", tmp_path / "long.csv"]
-    run("scripts/evaluate.py", *short, *long)
+    cost = ["--batch-size", 1, "--methods", "full", "sinks", "--bucket-length", 50, "--csv", tmp_path / "cost.csv"]
+    run("scripts/evaluate.py", *short, *cost)
     recall = [
         "--window-length",
         32,
