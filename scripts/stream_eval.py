@@ -217,8 +217,8 @@ def make_streams(args, tokenizer, text: list[int], distance: int, window_length:
 
 def measure_method(method: Method, model, tokenizer, text: list[int], args, results: Results) -> None:
     window_length = method.window_length or max(args.window_length)
-    default = [20] if args.task == "lines" else [round(part * window_length) for part in DISTANCES]
-    for distance in args.distance or default:
+    default = [round(part * window_length) for part in DISTANCES if part * window_length >= PASSAGE_LENGTH]
+    for distance in args.distance or ([20] if args.task == "lines" else default):
         streams = make_streams(args, tokenizer, text, distance, window_length)
         if method.name == "full":
             streams = [each for each in streams if each.ids.shape[1] <= args.max_full_length]
