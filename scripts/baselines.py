@@ -8,10 +8,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import common  # noqa: F401  where `generate` is found
 import torch
+from common import storage_bytes  # first: it says where `generate` is found
 from generate import Rotation, model_traits
-from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, PretrainedConfig, QuantizedCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, QuantizedCache, StaticCache
 
 PREFILL_CHUNK_LENGTH = 1024
 
@@ -59,25 +59,6 @@ class Decoder:
     @property
     def num_bytes_held(self) -> int:
         return storage_bytes(self.cache)
-
-
-def storage_bytes(holder) -> int:
-    """Bytes of the storages of all tensors that an object holds. Views of a storage hold all of it, once."""
-    storages, seen, found = {}, set(), [holder]
-    while found:
-        item = found.pop()
-        if id(item) in seen or isinstance(item, type | torch.nn.Module | PretrainedConfig) or callable(item):
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, dict):
-            found += item.values()
-        elif isinstance(item, list | tuple | set):
-            found += item
-        else:
-            found += getattr(item, "__dict__", {}).values()
-    return sum(storages.values())
 
 
 def fill(model, cache, prompt: torch.Tensor):

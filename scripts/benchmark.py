@@ -22,14 +22,11 @@ import argparse
 import csv
 import functools
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -47,9 +44,8 @@ from baselines import (
     compiled,
     fill,
     native_window_model,
-    storage_bytes,
 )
-from common import DEFAULT_NUM_SINK_TOKENS, DTYPES, ROOT, add_model_arguments, load_weights
+from common import DEFAULT_NUM_SINK_TOKENS, DTYPES, add_model_arguments, count, describe_run, load_weights, rounded, storage_bytes
 from generate import SinkCache, generate
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
@@ -220,10 +216,6 @@ class Report:
                 for row in rows:
                     print("| " + " | ".join(cell(row, column) for column in columns.split()) + " |")
                 print()
-
-
-def rounded(value):
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def cell(row: dict, column: str) -> str:
@@ -614,47 +606,10 @@ def build_model(args):
     return model.eval()
 
 
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux, where platform.processor() says little
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Of this repository; empty where it is not a git checkout."""
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    except FileNotFoundError:
-        return ""
-
-
 def describe(args, model) -> dict:
     """What all rows of a run have in common."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "model": args.model or args.preset,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": args.device,
-        "device_name": device_name(args.device),
-        "dtype": args.dtype,
-        "attention": model.config._attn_implementation,
-        "num_threads": torch.get_num_threads(),
-        "seed": args.seed,
-    }
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    about = {"model": args.model or args.preset, "attention": model.config._attn_implementation, "seed": args.seed}
+    return describe_run(args) | about
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,14 +1,18 @@
-"""What the scripts share: where the repository is, how they load a model and this repository's code, and their blocks in the README."""
+"""What the scripts share: where the repository is, how they load a model and this repository's code, what they say of a run, and their
+blocks in the README."""
 
 import argparse
+import platform
 import re
+import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -21,6 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: the model of this repository)")
+    parser.add_argument("--revision", help="of a model on the Hub: branch, tag or commit (default: its main branch)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (default: %(default)s)"
     )
@@ -30,12 +35,78 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def load_weights(args: argparse.Namespace):
     """The model that the arguments name, in its dtype from the start: a conversion would round its rotary frequencies as well."""
     dtype = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-    return AutoModelForCausalLM.from_pretrained(args.model, **{dtype: DTYPES[args.dtype]}).to(args.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, **{dtype: DTYPES[args.dtype]})
+    return model.to(args.device).eval()
 
 
 def load_model(args: argparse.Namespace):
     """That model and its tokenizer."""
-    return load_weights(args), AutoTokenizer.from_pretrained(args.model)
+    return load_weights(args), AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+
+
+def count(text: str) -> int:
+    """The type of an argument: a number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def describe_run(args: argparse.Namespace) -> dict:
+    """What all rows of a run have in common, whatever it measures."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": args.device,
+        "device_name": device_name(args.device),
+        "dtype": args.dtype,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux, where platform.processor() says little
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Of this repository; empty where it is not a git checkout."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def rounded(value):
+    """As it is written into a file: floats with five digits."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def storage_bytes(holder) -> int:
+    """Bytes of the storages of all tensors that an object holds. Views of a storage hold all of it, once."""
+    storages, seen, found = {}, set(), [holder]
+    while found:
+        item = found.pop()
+        if id(item) in seen or isinstance(item, type | torch.nn.Module | PretrainedConfig) or callable(item):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            found += item.values()
+        elif isinstance(item, list | tuple | set):
+            found += item
+        else:
+            found += getattr(item, "__dict__", {}).values()
+    return sum(storages.values())
 
 
 def _split_readme(name: str) -> list[str]:
@@ -65,8 +136,12 @@ __all__ = [
     "README",
     "ROOT",
     "add_model_arguments",
+    "count",
+    "describe_run",
     "load_model",
     "load_weights",
     "readme_block",
+    "rounded",
+    "storage_bytes",
     "write_readme_block",
 ]

@@ -1,15 +1,11 @@
-"""The two figures of the README, as PNG files on white.
+"""The figure of the README that needs no measurement, as a PNG file on white; scripts/plot.py draws the others.
 
-`kept.png` shows what a small cache holds while a text goes by, as the code of the cache says. `nats.png` shows what that does to
-a model; its numbers are those that scripts/evaluate.py has written.
+`kept.png` shows what a small cache holds while a text goes by, as the code of the cache says.
 
-    python scripts/evaluate.py --num-tokens 1400 --num-texts 16 --full --window-length 128 256 --num-sink-tokens 0 1 4 \\
-        --csv nats.csv
-    python scripts/figures.py --csv nats.csv
+    python scripts/figures.py
 """
 
 import argparse
-import csv
 import io
 import json
 import sys
@@ -23,10 +19,6 @@ from generate import Window
 SINK, RECENT, EVICTED, FULL_COLOR, INK = "#D55E00", "#56B4E9", "#E9E9E9", "#444444", "#222222"
 # The window of the drawing: small, so that each token can be seen.
 DRAWN_WINDOW, DRAWN_SINKS, DRAWN_TOKENS = 8, 2, 16
-# What is compared: columns of the CSV. The tiny model was trained on texts of LEARNED_LENGTH tokens.
-COMPARED_WINDOW, LEARNED_LENGTH = 128, 256
-FULL, PLAIN, SINKS = "full cache", f"window {COMPARED_WINDOW}, 0 sinks", f"window {COMPARED_WINDOW}, 4 sinks"
-SMOOTHED_POSITIONS = 49
 
 
 def draw_kept(plt, path: Path) -> None:
@@ -67,62 +59,6 @@ def draw_kept(plt, path: Path) -> None:
     save(figure, path)
 
 
-def read_csv(path: Path) -> tuple[dict, dict[str, list[float]]]:
-    """How it was measured, and the columns."""
-    if not path.exists():
-        sys.exit(f"{path} is missing. scripts/evaluate.py --csv {path} measures it; --help shows the command.")
-    comment, *lines = path.read_text(encoding="utf-8").splitlines()
-    rows = list(csv.DictReader(lines))
-    missing = {FULL, PLAIN, SINKS} - rows[0].keys()
-    if missing:
-        sys.exit(
-            f"{path} has no column {' or '.join(sorted(missing))}. --help shows the command that measures all that is drawn."
-        )
-    return json.loads(comment.removeprefix("#")), {name: [float(row[name]) for row in rows] for name in rows[0]}
-
-
-def smooth(values: list[float]) -> list[float]:
-    """The mean over neighbours, but not across the edge of the window; at ends and edge, over as many as there are."""
-    smoothed = []
-    for part in (values[:COMPARED_WINDOW], values[COMPARED_WINDOW:]):
-        for index in range(len(part)):
-            near = part[max(0, index - SMOOTHED_POSITIONS // 2) : index + SMOOTHED_POSITIONS // 2 + 1]
-            smoothed.append(sum(near) / len(near))
-    return smoothed
-
-
-def draw_nats(plt, path: Path, about: dict, columns: dict[str, list[float]]) -> None:
-    """Each curve raw, and smoothed on top of it."""
-    from matplotlib.patheffects import withStroke
-
-    position = columns["position"]
-    figure, axes = plt.subplots(figsize=(8.4, 4.4))
-    for name, color, label, level in (
-        (FULL, FULL_COLOR, "full cache", 6.2),
-        (PLAIN, RECENT, "window 128, no sinks", 4.2),
-        (SINKS, SINK, "window 128, 4 sinks", 1.0),
-    ):
-        axes.plot(position, columns[name], color=color, alpha=0.3, linewidth=0.5)
-        axes.plot(position, smooth(columns[name]), color=color, linewidth=2.4)
-        outline = [withStroke(linewidth=5, foreground="white")]
-        axes.text(position[-1], level, label, color=color, ha="right", size=13, weight="bold", path_effects=outline)
-    for edge, label, side in (
-        (COMPARED_WINDOW, "window\nis full", "right"),
-        (LEARNED_LENGTH, "longer than the\ntexts it learned from", "left"),
-    ):
-        axes.axvline(edge, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.text(edge + (8 if side == "left" else -8), 7.95, label, ha=side, va="top", size=10, color=INK)
-    axes.set(xlim=(0, position[-1]), ylim=(0, 8))
-    axes.set_xlabel("position in the text", size=11)
-    axes.set_ylabel("nats a token (less is better)", size=11)
-    axes.tick_params(labelsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    note = f"{about['model']}, {about['num_texts']} held-out files, {about['dtype']}."
-    note += f" Thin: each position. Thick: mean of {SMOOTHED_POSITIONS}."
-    axes.text(1, -0.2, note, transform=axes.transAxes, ha="right", size=9, color="#666666")
-    save(figure, path)
-
-
 def load_pyplot(script: str):
     """matplotlib's pyplot, drawing to files only."""
     try:
@@ -150,21 +86,13 @@ def save(figure, path: Path, num_colors: int = 64) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        default=ROOT / "results" / "nats.csv",
-        help="what scripts/evaluate.py has written (default: %(default)s)",
-    )
     parser.add_argument("--output-dir", type=Path, default=ROOT / "figures", help="(default: %(default)s)")
     args = parser.parse_args()
     plt = load_pyplot("scripts/figures.py")
-    about, columns = read_csv(args.csv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    paths = [args.output_dir / "kept.png", args.output_dir / "nats.png"]
-    draw_kept(plt, paths[0])
-    draw_nats(plt, paths[1], about, columns)
-    print_paths(paths)
+    path = args.output_dir / "kept.png"
+    draw_kept(plt, path)
+    print_paths([path])
 
 
 if __name__ == "__main__":

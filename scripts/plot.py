@@ -1,9 +1,11 @@
 """Figures of what was measured: reads CSV files, measures nothing.
 
-Every point is a row of the file, a median, in a band from quartile to quartile. Rows of different models, devices, batches and so on
-go to a figure each; where a row was measured more than once, the last one counts.
+Of speed (scripts/benchmark.py), every point is a row of the file, a median, in a band from quartile to quartile. Of text
+(scripts/evaluate.py, scripts/stream_eval.py), every row is drawn, and what is smoothed lies on top of it. Rows of different models,
+devices, batches and so on go to a figure each; where a row was measured more than once, the last one counts.
 
-    python scripts/benchmark.py --measure decode stream --csv results/benchmark.csv
+    python scripts/evaluate.py
+    python scripts/stream_eval.py
     python scripts/plot.py
     python scripts/plot.py --figures time_by_window --results-dir results --output-dir figures
 """
@@ -13,8 +15,9 @@ import csv
 import re
 import sys
 from collections.abc import Callable
+from math import exp
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 from common import ROOT
 
@@ -154,11 +157,174 @@ def draw_time_by_window(plt, path: Path, rows: list[Row]) -> None:
     line_plot(plt, path, rows, "window_length", "ms_per_token", labels, QUARTILES)
 
 
-# Name -> the file that it needs, which of its measurements, what else one figure has in common, and the function that draws them.
-FIGURES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Callable]] = {
-    "time_by_position": ("benchmark.csv", ("stream",), ("window_length",), draw_time_by_position),
-    "memory_by_position": ("benchmark.csv", ("stream",), ("window_length",), draw_memory_by_position),
-    "time_by_window": ("benchmark.csv", ("decode", "limit"), (), draw_time_by_window),
+# Text: what scripts/evaluate.py and scripts/stream_eval.py have written
+
+
+# Method -> color, line and what stands at its end; windows of other lengths than the first have other lines.
+READ_STYLES = {
+    "full": (FULL_COLOR, "full cache"),
+    "window": (BLUE, "window {window_length}, no sinks"),
+    "sinks": (SINK, "window {window_length}, {num_sink_tokens} sinks"),
+    "recompute": (GRAY, "window {window_length} recomputed"),
+    "recompute-sinks": (ORANGE, "{num_sink_tokens} sinks + recent, recomputed"),
+}
+LINES = SOLID, DASHED, DOTTED
+TRAINED_LENGTHS = {"tiny": 256}
+SMOOTHED_BUCKETS = 7
+
+
+def curves(rows: list[Row], x: str) -> dict[tuple[str, str, str, str], list[Row]]:
+    """The rows of each method, ordered by `x`: the last one of each value counts. In the order of `READ_STYLES`."""
+    found: dict[tuple, dict[float, Row]] = {}
+    for row in rows:
+        key = row["method"], row["window_length"], row["num_sink_tokens"], row["dtype"]
+        found.setdefault(key, {})[float(row[x])] = row
+    by_style = sorted(found, key=lambda key: ([*READ_STYLES].index(key[0]), *map(int, filter(None, key[1:3])), key[3]))
+    return {key: [found[key][value] for value in sorted(found[key])] for key in by_style}
+
+
+def style(row: Row, rows: list[Row]) -> tuple[str, object, str]:
+    """Color, line and label of the curve to which a row belongs, among others."""
+    color, label = READ_STYLES[row["method"]]
+    lengths = sorted({each["window_length"] for each in rows if each["window_length"]}, key=int)
+    dtypes = sorted({each["dtype"] for each in rows}, reverse=True)
+    label = label.format(**row).replace(" 1 sinks", " 1 sink") + (f", {row['dtype']}" if len(dtypes) > 1 else "")
+    index = lengths.index(row["window_length"]) if row["window_length"] else 0
+    return color, LINES[max(index, dtypes.index(row["dtype"])) % len(LINES)], label
+
+
+def smooth(values: list[float], edges: list[int]) -> list[float]:
+    """The mean over neighbours, but not across an edge; at ends and edges, over as many as there are."""
+    smoothed, half = [], SMOOTHED_BUCKETS // 2
+    for start, stop in zip([0, *edges], [*edges, len(values)]):
+        smoothed += [mean(values[max(start, index - half) : min(stop, index + half + 1)]) for index in range(start, stop)]
+    return smoothed
+
+
+def draw_perplexity_by_position(plt, path: Path, rows: list[Row]) -> None:
+    """The paper's picture: each curve raw, and smoothed (nats, as their mean is what perplexity is made of) on top of it."""
+    figure, axes = plt.subplots(figsize=(8.4, 5))
+    axes.set_yscale("log")
+    ends = []
+    for (_, window_length, _, _), points in curves(rows, "start").items():
+        points = [point for point in points if point["num_predictions"] != "0"]
+        color, line, label = style(points[0], rows)
+        middle = [(float(point["start"]) + float(point["stop"])) / 2 for point in points]
+        nats = [float(point["nats"]) for point in points]
+        length = int(window_length or TRAINED_LENGTHS.get(points[0]["model"], 0))
+        edges = [
+            index
+            for index, point in enumerate(points)
+            if index and int(points[index - 1]["start"]) < length <= int(point["start"])
+        ]
+        axes.plot(middle, [exp(value) for value in nats], color=color, alpha=0.35, linewidth=0.7)
+        smoothed = [exp(value) for value in smooth(nats, edges)]
+        axes.plot(middle, smoothed, color=color, linestyle=line, linewidth=2.4)
+        ends.append((middle[-1], smoothed[-1], label, color))
+    label_axes(axes, ("position in the text", "perplexity (less is better)"))
+    axes.set_xlim(left=0, right=max(end[0] for end in ends))
+    lengths = sorted({int(row["window_length"]) for row in rows if row["window_length"]})
+    marks = {length: f"window of {length} is full" for length in lengths[:1]}
+    if rows[0]["model"] in TRAINED_LENGTHS:
+        marks.setdefault(TRAINED_LENGTHS[rows[0]["model"]], "its trained length")
+    for length, text in marks.items():
+        axes.axvline(length, color="#222222", linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            text, (length, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3), textcoords="offset points", rotation=90, ha="right",
+            va="top", size=9, color="#222222",
+        )  # fmt: skip
+    figure.canvas.draw()
+    label_ends(axes, ends)
+    row = rows[-1]
+    bucket = int(row["bucket_length"])
+    note = f"{row['model']}, {row['batch_size']} text{'s' if row['batch_size'] != '1' else ''}: {row['text']}, {row['dtype']}."
+    note += f" Thin: means of {bucket} positions. Thick: of {bucket * SMOOTHED_BUCKETS}."
+    axes.text(0, -0.17, note, transform=axes.transAxes, size=9, color="#666666")
+    save(figure, path, num_colors=256)
+    plt.close(figure)
+
+
+def draw_cost_by_position(plt, path: Path, rows: list[Row]) -> None:
+    """What is held, and how long a token takes, while a text is read in chunks."""
+    rows = [row for row in rows if row["skip_tokens"] == "0" and not row["method"].startswith("recompute")]
+    from matplotlib.ticker import LogLocator
+
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.4))
+    half = SMOOTHED_BUCKETS // 2
+    for axes, column, scale, label in zip(
+        panels, ("bytes_held", "ms_per_token"), (2**20, 1), ("MiB held", "milliseconds a token")
+    ):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for points in curves(rows, "start").values():
+            color, line, name = style(points[0], rows)
+            values = [float(point[column]) / scale for point in points]
+            stops = [float(point["stop"]) for point in points]
+            if column == "ms_per_token":
+                axes.plot(stops, values, color=color, linewidth=0.7, alpha=0.35)
+                values = [median(values[max(0, index - half) : index + half + 1]) for index in range(len(values))]
+            axes.plot(stops, values, color=color, linestyle=line, linewidth=2, label=name)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low / 2, high * 2)
+        label_axes(axes, ("position in the text", label))
+        axes.xaxis.set_major_locator(LogLocator(10))
+    panels[0].legend(frameon=False, fontsize=10, loc="best")
+    row = rows[-1]
+    note = f"{row['model']}, one text read in chunks of {row['chunk_length']} tokens, {row['device_name']}, {row['num_threads']} thread"
+    panels[0].text(
+        0,
+        -0.2,
+        f"{note}. Time: thin as measured, thick medians of {SMOOTHED_BUCKETS}.",
+        transform=panels[0].transAxes,
+        size=9,
+        color="#666666",
+    )
+    save(figure, path, num_colors=256)
+    plt.close(figure)
+
+
+def draw_recall_by_distance(plt, path: Path, rows: list[Row]) -> None:
+    """How much of what came before is recalled, by how many windows ago it came."""
+    is_copy = rows[0]["task"] == "copy"
+    column = "token_accuracy" if is_copy else "accuracy"
+    longest = max(int(row["window_length"]) for row in rows if row["window_length"])
+    figure, axes = plt.subplots(figsize=(8.4, 4.8))
+    for (_, window_length, _, _), points in curves(rows, "token_distance").items():
+        color, line, label = style(points[0], rows)
+        windows = [float(point["token_distance"]) / int(window_length or longest) for point in points]
+        axes.plot(
+            windows, [float(point[column]) for point in points], color=color, linestyle=line, linewidth=2, marker="o", markersize=4,
+            label=label,
+        )  # fmt: skip
+        if is_copy:
+            first = [float(point["first_token_accuracy"]) for point in points]
+            axes.plot(windows, first, color=color, linestyle=line, linewidth=0.8, alpha=0.6)
+    axes.axvline(1, color="#222222", linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "evicted", (1, 1), xycoords=("data", "axes fraction"), xytext=(6, -4), textcoords="offset points", va="top", size=10
+    )
+    axes.set_ylim(0, 1 if not is_copy else None)
+    label_axes(axes, ("how long ago, in windows", "tokens recalled" if is_copy else "answers that are right"))
+    axes.legend(frameon=False, fontsize=10, loc="upper right")
+    row = rows[-1]
+    note = f"{row['model']}, {row['num_answers']} answers a point, {row['dtype']}."
+    if is_copy:
+        note += " Thin: the same passages when they come for the first time."
+    axes.text(0, -0.18, note, transform=axes.transAxes, size=9, color="#666666")
+    save(figure, path, num_colors=256)
+    plt.close(figure)
+
+
+# Name -> the file that it needs, which of its measurements, what rows of one figure have in common, the function that draws them, and
+# the script that measures.
+READ = "model", "text", "text_crc32", "device_name", "num_threads", "batch_size"
+FIGURES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Callable, str]] = {
+    "perplexity_by_position": ("evaluate.csv", ("stream",), (*READ, "dtype"), draw_perplexity_by_position, "evaluate"),
+    "cost_by_position": ("cost.csv", ("stream",), ("model", "text", "device_name"), draw_cost_by_position, "evaluate"),
+    "recall_by_distance": ("recall.csv", ("recall",), (*CONDITIONS, "task", "text"), draw_recall_by_distance, "stream_eval"),
+    "time_by_position": ("benchmark.csv", ("stream",), (*CONDITIONS, "window_length"), draw_time_by_position, "benchmark"),
+    "memory_by_position": ("benchmark.csv", ("stream",), (*CONDITIONS, "window_length"), draw_memory_by_position, "benchmark"),
+    "time_by_window": ("benchmark.csv", ("decode", "limit"), CONDITIONS, draw_time_by_window, "benchmark"),
 }
 
 
@@ -174,14 +340,14 @@ def groups(rows: list[Row], columns: tuple[str, ...]) -> dict[str, list[Row]]:
 
 def draw(plt, name: str, results_dir: Path, output_dir: Path) -> list[Path]:
     """The files of one figure: none if nothing was measured for it, which is said."""
-    file_name, measures, columns, function = FIGURES[name]
+    file_name, measures, columns, function, script = FIGURES[name]
     path = results_dir / file_name
     rows = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
     rows = [row for row in rows if row["measure"] in measures]
     if not rows:
-        print(f"{name} is left out: {path} has no rows of {measures[0]}. See scripts/benchmark.py --help.", file=sys.stderr)
+        print(f"{name} is left out: {path} has no rows of {measures[0]}. See scripts/{script}.py --help.", file=sys.stderr)
     paths = []
-    for suffix, members in groups(rows, CONDITIONS + columns).items():
+    for suffix, members in groups(rows, columns).items():
         paths.append(output_dir / f"{name}{suffix}.png")
         function(plt, paths[-1], members)
     return paths
@@ -200,7 +366,7 @@ def main() -> None:
     paths = [path for name in args.figures for path in draw(plt, name, args.results_dir, args.output_dir)]
     if not paths:
         sys.exit(
-            f"Nothing in {args.results_dir} to draw. Measure first: scripts/benchmark.py --csv {args.results_dir}/benchmark.csv"
+            f"Nothing in {args.results_dir} to draw. Measure first: scripts/evaluate.py --csv {args.results_dir}/evaluate.csv"
         )
     print_paths(paths)
 

@@ -3,7 +3,6 @@
 Examples run on the tiny model in place of the models and repositories that they name on the Hub.
 """
 
-import csv
 import importlib.util
 import json
 import os
@@ -17,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import evaluate
 import publish
 import pytest
 import transformers
@@ -53,9 +53,14 @@ SECTIONS = [
 ]
 # The long commands, cut short: option and value -> what takes their place. A command without an entry runs as it is.
 SHORTER = {
-    "--num-tokens 1400 --num-texts 16": "--num-tokens 300 --num-texts 2",
-    "--num-tokens 700 --num-texts 4": "--num-tokens 300 --num-texts 1",
-    "--num-tokens 50000": "--num-tokens 300",
+    "scripts/evaluate.py": "scripts/evaluate.py --num-tokens 200 --batch-size 2",
+    "scripts/stream_eval.py": "scripts/stream_eval.py --num-streams 2 --num-queries 1 --window-length 32",
+    "--num-tokens 1000000": "--num-tokens 300",
+    "--num-tokens 100000 --skip-tokens 900000": "--num-tokens 200 --skip-tokens 100",
+    "--window-length 16 32 64 128 256 512 1024 2048 4096": "--window-length 16 256",
+    "--num-tokens 700": "--num-tokens 300",
+    "--num-tokens 12288": "--num-tokens 300",
+    "--num-tokens 16384": "--num-tokens 300",
     "--max-new-tokens 50000": "--max-new-tokens 300",
     "--num-threads 1": "--num-threads 1 --preset tiny --window-length 32 --num-tokens 4 --num-rounds 2 --methods sink dynamic",
     "--measure age --preset tiny --window-length 256 --num-tokens 200": "--measure age --age 20 40",
@@ -310,24 +315,59 @@ def test_the_range_of_releases_begins_where_the_requirements_do():
     assert f"torch {requirements['torch']} or newer" in README
 
 
+def table_after(title: str) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table whose head begins with `title`."""
+    table = re.search(rf"^\| {title} .*?\n\n", README, re.MULTILINE | re.DOTALL).group().strip().splitlines()
+    head, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in table)
+    return head, rows
+
+
+def measured(name: str) -> dict[str, list[dict]]:
+    """The lines of a file in results/, by what the table calls each method."""
+    found = {}
+    for row in evaluate.read_csv(ROOT / "results" / name):
+        numbers = (int(row[column]) if row[column] else None for column in ("window_length", "num_sink_tokens"))
+        method = f"{evaluate.Method(row['method'], *numbers)}, {row['dtype']}, from {row['skip_tokens']}"
+        found.setdefault(method, []).append(row)
+    return found
+
+
 def test_the_results_are_those_that_were_measured():
     """The table is made of the same numbers as the figure, and those are in the repository."""
-    comment, *lines = (ROOT / "results" / "nats.csv").read_text(encoding="utf-8").splitlines()
-    rows = list(csv.DictReader(lines))
-    head, *table = (
-        re.search(r"^\| nats a token at positions .*?\n\n", README, re.MULTILINE | re.DOTALL).group().strip().splitlines()
-    )
-    edges = re.findall(r" (\d+)-(\d+) ", head)
-    caches = list(rows[0])[1:]
-    assert len(caches) == len(table[1:]) == 7 and len(edges) == 5
-    for name, line in zip(caches, table[1:]):
-        shown, *nats, _ = line.strip("| ").split(" | ")
-        assert shown == name
+    head, table = table_after("nats a token at positions")
+    rows = measured("evaluate.csv")
+    edges = [tuple(map(int, cell.split("-"))) for cell in head[1:-1]]
+    assert len(edges) == 5 and len(table) == len(rows) == 5
+    for name, *nats, held in table:
         for (start, stop), value in zip(edges, nats, strict=True):
-            values = [float(row[name]) for row in rows[int(start) : int(stop)]]
-            assert float(value) == pytest.approx(sum(values) / len(values), abs=0.006), (name, start)  # rounded twice
-    command = json.loads(comment.removeprefix("#"))["command"]
-    assert command.partition(" --csv")[0] in README
+            expected = evaluate.over(rows[f"{name}, float32, from 0"], start, stop)
+            assert float(value) == pytest.approx(expected["nats"], abs=0.006), (name, start)
+        assert float(held) == pytest.approx(expected["bytes_held"] / 2**20, abs=0.006)
+
+
+def test_long_streams_are_those_that_were_measured():
+    """Nats over the last tenth in the long stream and in one that began there, and what is held: after the first window, and in the end."""
+    _, table = table_after("long streams")
+    rows = measured("long.csv")
+    for dtype, shown_length, *nats, first_held, last_held in table:
+        length = int(shown_length.replace(",", ""))
+        start = length * 9 // 10
+        in_stream, fresh = (rows[f"window 256, 4 sinks, {dtype}, from {skipped}"] for skipped in (0, start))
+        found = [evaluate.over(in_stream, start + 4000, length)["nats"], evaluate.over(fresh, 4000, length - start)["nats"]]
+        assert [float(value) for value in nats] == [pytest.approx(value, abs=6e-4) for value in found]
+        assert abs(found[0] / found[1] - 1) < 0.02
+        assert in_stream[0]["bytes_held"] == in_stream[-1]["bytes_held"] and first_held == last_held
+        assert float(last_held) == pytest.approx(int(in_stream[-1]["bytes_held"]) / 2**20, abs=0.006)
+
+
+def test_the_windows_to_choose_from_are_those_that_were_measured():
+    head, table = table_after("window_length")
+    rows = measured("choice.csv")
+    for window_length, *nats in table:
+        for num_sinks, value in zip(head[1:], nats, strict=True):
+            if value:
+                method = f"{evaluate.Method('sinks', int(window_length), int(num_sinks.split()[0]))}, float32, from 0"
+                assert float(value) == pytest.approx(evaluate.over(rows[method], 4096, 12288)["nats"], abs=0.006), method
 
 
 # What it links and shows

@@ -46,23 +46,32 @@ def test_demo_reads_a_file_and_is_reproducible(tmp_path):
     assert texts[0] == texts[1] and texts[0].startswith("import os")
 
 
-def test_evaluate(tmp_path):
-    text = tmp_path / "text.py"
-    text.write_text((ROOT / "scripts" / "evaluate.py").read_text())
-    arguments = ["--text", text, "--num-tokens", 400, "--full", "--window-length", 64, "--num-sink-tokens", 0, 4]
-    result = last_line(run("scripts/evaluate.py", *arguments))
-    full, plain, sinks = (row["nats"] for row in result["results"])
-    assert plain[-1] > sinks[-1]
-    assert result["edges"] == [0, 128, 256, 384, 400]
-
-
-def test_evaluate_says_when_there_is_too_little_text(tmp_path):
-    text = tmp_path / "text.py"
-    text.write_text("import os\n")
-    assert (
-        "Found 0 texts of 400 tokens"
-        in run("scripts/evaluate.py", "--text", text, "--num-tokens", 400, expect_failure=True).stderr
-    )
+def test_evaluate_and_recall_and_their_figures(tmp_path):
+    """The commands, one after the other: what they print and write, and what is drawn of it. (tests/test_evaluate.py looks at numbers.)"""
+    pytest.importorskip("matplotlib")
+    short = ["--window-length", 32, "--num-tokens", 300]
+    lines = ["scripts/evaluate.py", *short, "--batch-size", 2, "--csv", tmp_path / "evaluate.csv"]
+    result = last_line(run(*lines))
+    assert [row["method"] for row in result["results"]] == ["full", "window", "sinks", "recompute", "recompute-sinks"]
+    cost = ["--batch-size", 1, "--methods", "full", "sinks", "--bucket-length", 50, "--csv", tmp_path / "cost.csv"]
+    run("scripts/evaluate.py", *short, *cost)
+    recall = [
+        "--window-length",
+        32,
+        "--num-streams",
+        2,
+        "--num-queries",
+        1,
+        "--distance",
+        16,
+        40,
+        "--csv",
+        tmp_path / "recall.csv",
+    ]
+    run("scripts/stream_eval.py", *recall)
+    figures = last_line(run("scripts/plot.py", "--results-dir", tmp_path, "--output-dir", tmp_path / "figures"))
+    names = ["perplexity_by_position.png", "cost_by_position.png", "recall_by_distance.png"]
+    assert [Path(path).name for path in figures["figures"]] == names and min(figures["bytes"]) > 5000
 
 
 SHORT_BENCHMARK = ["scripts/benchmark.py", "--preset", "tiny", "--window-length", 32, "--num-tokens", 4, "--num-rounds", 2]
@@ -131,7 +140,7 @@ def test_benchmark_of_streams_and_prompts_and_their_figures(tmp_path):
         (["--measure", "stream", "--stream-length", 5], "--stream-length 5 must be more"),
         (["--num-rounds", 0], "at least 1, got 0"),
         (["--methods", "paged"], "paged"),
-        (["--csv", ROOT / "results" / "nats.csv"], "other columns"),
+        (["--csv", ROOT / "results" / "published.csv"], "other columns"),
         pytest.param(["--device", "cuda"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
     ],
 )
