@@ -1039,45 +1039,56 @@ class States:
     def state(self) -> tuple[list[dict[str, torch.Tensor]], dict]:
         """What a cache that goes on elsewhere has to know: tensors of each layer, and numbers. All else is made again of these, in the
         same steps, so that it comes out with the same bits. What was recorded for a roll-back stays here."""
-        tensors = [{"slots": held, "rotation": self.rotation.as_tensor()} for held in self.slots]
+        tensors = [{"slots": held, "rotation": self.rotation.as_tensor()} for held in self._intact()]
         numbers = {"sinks_are_new": self._sinks_are_new, "sinks_are_at": self._sinks_are_at, "first_turn": 0}
         if self._moves_sinks:
             tensors = [each | {"sinks": sinks.clone()} for each, sinks in zip(tensors, self._sinks[0])]
             numbers["first_turn"] = self._first_turn
         return tensors, numbers
 
-    @staticmethod
-    def take(saved: "Saved", prefix: str, window: Window, shape: tuple, rotation: Rotation, dtype, is_static: bool) -> dict:
-        """The tensors of one layer from a file, checked: no more rows or slots than are really there."""
-        batch_size, num_heads, head_dim = shape
-        num_slots = saved.num_slots(prefix + "slots")
-        if not max(window.num_sinks, window.length if is_static else 1) <= num_slots <= window.length:
-            raise saved.refusal(f"{prefix}slots has room for {num_slots} tokens, and the window is {window.length}")
-        tensors = {
-            "slots": saved.take(prefix + "slots", (batch_size, num_heads, num_slots, head_dim), dtype),
-            "rotation": saved.take(prefix + "rotation", (2, head_dim), torch.float32),
-        }
-        if window.num_sinks > 0 and not rotation.is_identity:
-            shape = (batch_size, num_heads, window.num_sinks, head_dim)
-            tensors["sinks"] = saved.take(prefix + "sinks", shape, torch.float32)
-        here, there = rotation.as_tensor().cpu(), tensors["rotation"]
-        if not torch.allclose(here, there, rtol=1e-4, atol=0):  # another machine may round frequencies differently
-            at = int((here - there).abs().amax(0).argmax())
-            raise saved.refusal(
-                f"{prefix}rotation turns dimension {at} with {there[1, at]:.0f} by {there[0, at]:.6g} a position in the file, and with "
-                f"{here[1, at]:.0f} by {here[0, at]:.6g} in this model"
-            )
-        return tensors
+    def restore(self, saved: "Saved", layers: list[str], batch_size: int, min_slots: int) -> None:
+        """The opposite of `state`, in new states that have no rows yet: no more rows or slots than are really in the file.
 
-    def restore(self, tensors: list[dict[str, torch.Tensor]], numbers: dict) -> None:
-        """The opposite of `state`, in new states of the same shape."""
-        device = self.slots[0].device
-        self.slots = [each["slots"].to(device, copy=True) for each in tensors]
+        Args:
+            layers: the names that they have there.
+            min_slots: of each layer.
+        """
+        for layer in layers:
+            if saved.number("states", layer) != saved.number("states", layers[0]):
+                raise saved.refusal(f"{layer} is like {layers[0]} here, and not in the file")
+        new, at, turn = (saved.number("states", layers[0], name) for name in ("sinks_are_new", "sinks_are_at", "first_turn"))
+        if not isinstance(new, bool) or not _are_counts(at, batch_size) or not _are_counts([turn], 1):
+            raise saved.refusal(f"the sinks of {layers[0]} can't be moved by {at!r:.50} or {turn!r:.50}")
+        num_slots, num_sinks = saved.num_slots(layers[0], "slots"), self.window.num_sinks
+        if not max(num_sinks, min_slots) <= num_slots <= self.num_intact:
+            raise saved.refusal(
+                f"{layers[0]}.slots has room for {num_slots} tokens, and {self.num_intact} of a window of {self.window.length} stay as they came"
+            )
+        device, dtype = self.slots[0].device, self.slots[0].dtype
+        _, num_heads, _, head_dim = self.slots[0].shape
+        here = self.rotation.as_tensor().cpu()
+        for layer, there in zip(layers, saved.take_all(layers, "rotation", (2, head_dim), torch.float32)):
+            if not torch.allclose(here, there, rtol=1e-4, atol=0):  # another machine may round frequencies differently
+                index = int((here - there).abs().amax(0).argmax())
+                raise saved.refusal(
+                    f"{layer}.rotation turns dimension {index} with {there[1, index]:.0f} by {there[0, index]:.6g} a position in the file, "
+                    f"and with {here[1, index]:.0f} by {here[0, index]:.6g} in this model"
+                )
+        self._put(saved.take_all(layers, "slots", (batch_size, num_heads, num_slots, head_dim), dtype))
         self._look_at_sinks()
-        self._sinks_are_new, self._sinks_are_at = numbers["sinks_are_new"], numbers["sinks_are_at"]
+        self._sinks_are_new, self._sinks_are_at = new, at
         if self._moves_sinks:
-            self._sinks = self._with_partners(torch.stack([each["sinks"] for each in tensors]).to(device))
-            self._set_turns(numbers["first_turn"])
+            sinks = saved.take_all(layers, "sinks", (batch_size, num_heads, num_sinks, head_dim), torch.float32)
+            self._sinks = self._with_partners(torch.stack(sinks).to(device))
+            self._set_turns(turn)
+
+    def _intact(self) -> list[torch.Tensor]:
+        """What is kept as it came, of each layer: `[batch, heads, at most num_intact, head_dim]`."""
+        return self.slots
+
+    def _put(self, intact: list[torch.Tensor]) -> None:
+        """Take it back, from the memory of the host."""
+        self.slots = [held.to(self.slots[0].device, copy=True) for held in intact]
 
     def move_back(self, num_positions: list[int]) -> None:
         """Turn what is held of each row back by so many positions, but for the sinks: those follow when a pass begins."""
@@ -1203,6 +1214,16 @@ class StoredStates(States):
         """Keep the new states of one layer, `[batch, heads, num_columns, head_dim]`, but for those of sinks."""
         raise NotImplementedError
 
+    def _intact(self) -> list[torch.Tensor]:
+        turned = getattr(self, self.turned)
+        return [torch.cat([sinks.to(recent.device), recent], dim=2) for sinks, recent in zip(self.slots, turned)]
+
+    def _put(self, intact: list[torch.Tensor]) -> None:
+        num_sinks = self.window.num_sinks
+        super()._put([held[:, :, :num_sinks] for held in intact])
+        recent = torch.stack([held[:, :, num_sinks:] for held in intact])
+        setattr(self, self.turned, recent.to(getattr(self, self.turned).device))
+
     def _reserve(self, num_slots: int) -> None:
         """Sinks have their room from the start."""
 
@@ -1248,7 +1269,8 @@ class QuantizedStates(StoredStates):
         moved_at: int64 `[1, batch, 1, num_blocks]`, by how much they had been when each block was quantized.
     """
 
-    kept = ("whole", "codes", "scales", "offsets", "moved_at", "moved")
+    blocks = ("codes", "scales", "offsets")  # what is kept of them, layer by layer
+    kept = ("whole", *blocks, "moved_at", "moved")
     turned = "whole"
 
     def __init__(self, *arguments, quantization: "Quantization", by_channel: bool):
@@ -1277,13 +1299,34 @@ class QuantizedStates(StoredStates):
         is_short = step.num_columns <= self.num_whole or max(step.num_after) <= self.num_intact
         return super().can_undo(step) and is_short
 
+    def state(self) -> tuple[list[dict[str, torch.Tensor]], dict]:
+        tensors, numbers = super().state()
+        moved_at = (self.moved_at - self.moved[:, None, None])[0, :, 0]  # only differences count
+        for index, each in enumerate(tensors):
+            each |= {name: getattr(self, name)[index].clone() for name in self.blocks} | {"moved_at": moved_at.clone()}
+        return tensors, numbers
+
+    def restore(self, saved: "Saved", layers: list[str], batch_size: int, min_slots: int) -> None:
+        super().restore(saved, layers, batch_size, self.num_intact)
+        num_blocks = saved.num_slots(layers[0], "codes")
+        if num_blocks > self.num_blocks:
+            raise saved.refusal(f"{layers[0]}.codes has room for {num_blocks} blocks, and the window has {self.num_blocks}")
+        for name in self.blocks:
+            empty = getattr(self, name)
+            of_layers = saved.take_all(layers, name, (batch_size, empty.shape[2], num_blocks, *empty.shape[4:]), empty.dtype)
+            setattr(self, name, torch.stack(of_layers).to(empty.device))
+        moved_at = saved.take_all(layers, "moved_at", (batch_size, num_blocks), torch.long)[0]
+        self.moved = self.moved.new_zeros(batch_size)
+        self.moved_at = moved_at[None, :, None].to(self.moved.device, copy=True)
+        self._turns_until = float("inf") if bool(moved_at.any()) else -1
+
     def begin(self, step: Step, is_recording: bool, at_cursor: bool) -> None:
         super().begin(step, False, at_cursor)
         self._make_room(min(self._num_quantized(max(step.num_after)), self.num_blocks))
         self._locate(step)
         if is_recording:
             self._remember(*self._new_whole[:3], "whole")
-            self._remember(*self._new_blocks[:3], "codes", "scales", "offsets", "moved_at")
+            self._remember(*self._new_blocks[:3], *self.blocks, "moved_at")
         self._angles = None
         self._turns_until = min(self._turns_until, max(step.num_before) + self.window.length)
         if min(step.num_before) <= self._turns_until:
@@ -1301,7 +1344,7 @@ class QuantizedStates(StoredStates):
         capacity = self.codes.shape[3]
         if num_blocks > capacity:
             num_more = min(max(num_blocks, 2 * capacity), self.num_blocks) - capacity
-            for name in ("codes", "scales", "offsets", "moved_at"):
+            for name in (*self.blocks, "moved_at"):
                 kept = getattr(self, name)
                 setattr(self, name, torch.cat([kept, kept.new_zeros(*kept.shape[:3], num_more, *kept.shape[4:])], dim=3))
 
@@ -1349,6 +1392,10 @@ class QuantizedStates(StoredStates):
         rows, slots, _, columns = self._new_whole
         self.whole[index][rows, :, slots] = new[rows, :, columns]
 
+    def end(self) -> None:
+        super().end()
+        self._sources = self._new_whole = self._new_blocks = self._angles = None
+
     def move_back(self, num_positions: list[int]) -> None:
         super().move_back(num_positions)
         if not self.rotation.is_identity:
@@ -1384,6 +1431,11 @@ class OffloadedStates(StoredStates):
     def recent(self) -> torch.Tensor:
         """As `[layers, batch, heads, num_slots, head_dim]`."""
         return self.host.permute(0, 2, 3, 1, 4)
+
+    @recent.setter
+    def recent(self, states: torch.Tensor) -> None:
+        self.host = self._room(states.shape[3], states.shape[1])
+        self.recent.copy_(states)
 
     @property
     def num_bytes_on_host(self) -> int:
@@ -1445,6 +1497,14 @@ class OffloadedStates(StoredStates):
         else:
             self.recent[index][rows, :, slots] = new[rows, :, columns].cpu()
 
+    def end(self) -> None:
+        super().end()
+        self._new = None
+
+    def state(self) -> tuple[list[dict[str, torch.Tensor]], dict]:
+        self._finish_copies()
+        return super().state()
+
     def undo(self, num_tokens: list[int]) -> None:
         self._finish_copies()
         super().undo(num_tokens)
@@ -1456,8 +1516,7 @@ class OffloadedStates(StoredStates):
     def select_rows(self, index: torch.Tensor) -> None:
         super().select_rows(index)
         self._finish_copies()
-        selected = self.host.index_select(2, index.cpu())
-        self.host = self._room(selected.shape[1], len(index)).copy_(selected)
+        self.recent = self.recent.index_select(1, index.cpu())
 
     def _finish_copies(self) -> None:
         """Before the host itself reads or changes what it keeps."""
@@ -1531,14 +1590,14 @@ class Quantization:
 
     def __post_init__(self):
         backend = self.backend.lower() if isinstance(self.backend, str) else self.backend  # "HQQ" before transformers 4.56
-        if backend not in BACKENDS:
+        if backend not in [*BACKENDS]:  # a list: no hash is asked for
             raise ValueError(f"backend={self.backend!r} does not quantize caches. Use one of {', '.join(BACKENDS)}.")
         allowed_bits, axes, module, _ = BACKENDS[backend]
         for name, allowed in (("nbits", allowed_bits), ("axis_key", axes), ("axis_value", axes)):
             value = getattr(self, name)
             if value is None and allowed:
                 object.__setattr__(self, name, 4 if name == "nbits" else 0)
-            elif value is not None and (value not in allowed or isinstance(value, bool)):
+            elif value is not None and (type(value) is not int or value not in allowed):
                 choice = f"Use one of {', '.join(map(str, allowed))}" if allowed else "Leave it out"
                 raise ValueError(f"{name}={value!r} can't be used with backend={backend!r}. {choice}.")
         for name, step in (("q_group_size", 8), ("residual_length", 1)):
@@ -1649,20 +1708,19 @@ class LayerGroup:
         self.cursor: Cursor | None = None  # in static mode
         self.record_past = False
 
-    def allocate(self, batch_size: int, mask_dtype: torch.dtype, is_static: bool, saved: tuple = ()) -> None:
-        """Make room for so many rows; in static mode, in the place that was made for as many before.
-
-        `saved` has what `States.state` gave, for keys and for values.
-        """
+    def allocate(self, batch_size: int, mask_dtype: torch.dtype, is_static: bool, saved: "Saved | None" = None) -> None:
+        """Make room for so many rows, or take them from a file; in static mode, in the place that was made for as many before."""
         if is_static and self.cursor is not None and len(self.cursor.rows) == batch_size:
             return
         traits = self.traits
+        num_rows = batch_size if saved is None else 0  # a file gets no room for rows that it only speaks of
         self.states = tuple(
-            new_states(self.window, (len(self.layers), batch_size, *shape), rotation, traits.dtype, traits.device)
+            new_states(self.window, (len(self.layers), num_rows, *shape), rotation, traits.dtype, traits.device)
             for new_states, shape, rotation in zip(self._kinds(), traits.shapes, traits.rotations)
         )
-        for states, state in zip(self.states, saved):
-            states.restore(*state)
+        for kind, states in zip(KINDS, self.states if saved is not None else ()):
+            layers = [f"layers.{index}.{kind}" for index in self.layers]
+            states.restore(saved, layers, batch_size, self.window.length if is_static else 1)
         if is_static:
             self.set_cursor(batch_size, mask_dtype)
 
@@ -1676,25 +1734,6 @@ class LayerGroup:
         axes = quantization.axis_key, quantization.axis_value
         by_channel = [quantization.by_channel(axis) for axis in axes]
         return [functools.partial(QuantizedStates, quantization=quantization, by_channel=each) for each in by_channel]
-
-    def restore(self, batch_size: int, mask_dtype: torch.dtype, is_static: bool, saved: "Saved") -> None:
-        """The states in a file. All is checked before any room is made."""
-        states = []
-        for kind, shape, rotation in zip(KINDS, self.traits.shapes, self.traits.rotations):
-            numbers = [saved.number("states", f"{index}.{kind}") for index in self.layers]
-            if any(each != numbers[0] for each in numbers):
-                raise saved.refusal(f"layers {self.layers} are alike here, and not in the file")
-            at, turn = (saved.number("states", f"{self.layers[0]}.{kind}", name) for name in ("sinks_are_at", "first_turn"))
-            if not _are_counts(at, batch_size) or not _are_counts([turn], 1):
-                raise saved.refusal(f"the sinks of layer {self.layers[0]} can't be moved by {at!r:.50} or {turn!r:.50}")
-            of_layers = [
-                States.take(
-                    saved, f"layers.{index}.{kind}.", self.window, (batch_size, *shape), rotation, self.traits.dtype, is_static
-                )
-                for index in self.layers
-            ]
-            states.append((of_layers, numbers[0]))
-        self.allocate(batch_size, mask_dtype, is_static, tuple(states))
 
     def set_cursor(self, batch_size: int, mask_dtype: torch.dtype) -> None:
         self.cursor = Cursor(self.window, batch_size, mask_dtype, self.traits.device)
@@ -2602,7 +2641,7 @@ class SinkCache(Cache):
         for group in self._groups:
             for kind, (of_layers, numbers) in zip(KINDS, [each.state() for each in group.states]):
                 for index, named in zip(group.layers, of_layers):
-                    states[f"{index}.{kind}"] = numbers
+                    states[f"layers.{index}.{kind}"] = numbers
                     tensors |= {f"layers.{index}.{kind}.{name}": tensor for name, tensor in named.items()}
         for index, layer in enumerate(self.layers):
             if isinstance(layer, LinearAttentionLayer):
@@ -2611,6 +2650,7 @@ class SinkCache(Cache):
         if self._token_ids is not None:
             tensors["token_ids"] = self._token_ids
         numbers = {"window_length": self.window_length, "num_sink_tokens": self.num_sink_tokens, "static": self.is_static}
+        numbers |= {"quantized": self.quantization and vars(self.quantization), "offloaded": self.is_offloaded}
         numbers |= {"batch_size": self._batch_size, "num_seen": self._num_seen, "base": self._base}
         numbers |= {"unseen_token_ids": self.unseen_token_ids, "states": states, "has_previous_state": has_previous_state}
         Saved(tensors, numbers | {"model": _identity(model)}).write(path)
@@ -2622,22 +2662,30 @@ class SinkCache(Cache):
         model: torch.nn.Module,
         window_length: int | None = None,
         num_sink_tokens: int | None = None,
+        static: bool | None = None,
+        quantized: dict | None = None,
+        offloaded: bool | None = None,
     ) -> "SinkCache":
         """The cache that `save` has written to a file, on the device of the model. Nothing in the file is executed.
 
         Args:
             model: the one it was made for: same weights, settings and dtype.
-            window_length, num_sink_tokens: what you count on; else they are those in the file.
+            window_length, num_sink_tokens, static, quantized, offloaded: what you count on; else they are those in the file.
 
         Raises:
-            ValueError: the file was cut off or changed, or it holds a cache for another model, dtype or window. Both sides are named.
+            ValueError: the file was cut off or changed, or it holds a cache for another model or dtype, or of another window or kind. Both
+                sides are named.
+            ImportError: what quantizes is not installed.
         """
         saved = Saved.read(path)
-        saved.check_made_for(model, window_length, num_sink_tokens)
-        cache = cls.from_model(model, *(saved.number(name) for name in ("window_length", "num_sink_tokens", "static")))
+        expected = {"window_length": window_length, "num_sink_tokens": num_sink_tokens, "static": static, "offloaded": offloaded}
+        expected["quantized"] = None if quantized is None else vars(Quantization.of(quantized))
+        saved.check_made_for(model, expected)
+        cache = cls.from_model(model, **{name: saved.number(name) for name in expected})
         cache._restore(saved)
         return cache
 
+    @torch.inference_mode(False)
     def _restore(self, saved: "Saved") -> None:
         batch_size, num_seen, base = saved.number("batch_size"), saved.number("num_seen"), saved.number("base")
         if not (
@@ -2650,7 +2698,7 @@ class SinkCache(Cache):
         ):
             raise saved.refusal(f"{batch_size} rows that have seen {num_seen!r:.50} tokens, counted from {base!r:.50}, can't be")
         for group in self._groups if batch_size != -1 else ():
-            group.restore(batch_size, self._mask_dtype(group), self.is_static, saved)
+            group.allocate(batch_size, self._mask_dtype(group), self.is_static, saved)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, LinearAttentionLayer):
                 saved.restore_recurrent(index, layer, batch_size, self._bound_as[1])
@@ -2805,8 +2853,9 @@ class Saved:
             value = value[name]
         return value
 
-    def num_slots(self, name: str) -> int:
-        return self.tensors[name].shape[2] if name in self.tensors and self.tensors[name].ndim == 4 else 0
+    def num_slots(self, layer: str, name: str) -> int:
+        tensor = self.tensors.get(f"{layer}.{name}")
+        return 0 if tensor is None or tensor.ndim < 3 else tensor.shape[2]
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
         """A tensor that must have this shape and dtype (None: any whole numbers)."""
@@ -2819,6 +2868,9 @@ class Saved:
                 f"{name} is {tensor.dtype} {list(tensor.shape)} in the file, and {dtype or 'of whole numbers'} {list(shape)} here"
             )
         return tensor
+
+    def take_all(self, layers: list[str], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+        return [self.take(f"{layer}.{name}", shape, dtype) for layer in layers]
 
     def restore_recurrent(self, index: int, layer, batch_size: int, device: torch.device) -> None:
         """The recurrent states of a layer, whose shapes only the model knows."""
@@ -2837,8 +2889,8 @@ class Saved:
         if self.tensors:
             raise self.refusal(f"it has {min(self.tensors)}, and this model has nothing of that kind")
 
-    def check_made_for(self, model: torch.nn.Module, window_length: int | None, num_sink_tokens: int | None) -> None:
-        for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
+    def check_made_for(self, model: torch.nn.Module, expected: dict) -> None:
+        for name, value in expected.items():
             if value is not None and value != self.number(name):
                 raise self.refusal(f"{name} is {self.number(name)} in the file, and {value} was asked for")
         here, there = _identity(model), self.number("model")
@@ -3448,7 +3500,10 @@ class ShortDrafts:
             generation_config = copy.deepcopy(generation_config)
             generation_config.do_sample = False
         generator = model._get_candidate_generator(generation_config=generation_config, **kwargs)
-        return cls(generator, min(window.num_recent for window in cache._windows) - 1)
+        num_kept = [window.num_recent for window in cache._windows]
+        if cache.quantization is not None:
+            num_kept.append(cache.quantization.min_recent)  # as they came
+        return cls(generator, min(num_kept) - 1)
 
     def get_candidates(self, input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The text `[1, length]` with a draft behind it, and the logits of the draft if there are any."""
