@@ -31,7 +31,10 @@ TABLE = ROOT / "results" / "releases.csv"
 COLUMNS = ("release", "python", "torch", "huggingface_hub", "passed", "skipped", "failed", "seconds")
 OLDEST = re.search(r"transformers>=([\d.]+)", (ROOT / "custom_generate" / "requirements.txt").read_text()).group(1)
 # The rules on every family that a release has, the cache and generate. What is left out is about the newest release, or the scripts.
-TESTS = tuple(f"tests/test_{name}.py" for name in ("families", "invariants", "cache", "generate"))
+TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in "families invariants cache generate beams assisted quantized offloaded state stored_state".split()
+)
 END_TO_END = ("tests/test_loading.py", "tests/test_publish.py", "tests/test_static.py")
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "-m", "not also_eager")
 SHARED_PACKAGES = ("pytest>=8", "hypothesis")
