@@ -2428,6 +2428,9 @@ class SinkCache(Cache):
         """Whether the mask that the model makes by itself is right, where each token sees all that is handed out before it."""
         if self._traits.has_old_masks:  # only if it makes none
             makes_none = self._pass.num_columns == 1 or not any(self._num_seen)
+            makes_none &= (
+                getattr(self._config, "sliding_window", None) is None
+            )  # else one of the whole text, even if it is not used
             return self._config._attn_implementation == "sdpa" and makes_none and not self._traits.has_native_windows
         return MODELS_ASK_FOR_QUERY_OFFSET or not self._traits.has_native_windows
 

@@ -38,6 +38,17 @@ def test_a_stream_at_position_ten_to_the_nine_is_as_at_its_start(name):
     assert far.num_tokens_seen >= BILLION - 192
 
 
+def test_no_mask_is_as_long_as_the_text():
+    """Before 4.53, models whose config names a sliding window, used or not, make one for a single token too, once the text is longer."""
+    model = build_model("qwen3", "sdpa")
+    near = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    feed(model, near, random_ids(40), [40])
+    far = copy.deepcopy(near)
+    move_counters(far, 192 * 2**50)  # more bytes than any machine has
+    expected = feed(model, near, random_ids(10, seed=2), [1] * 10)
+    assert_same(feed(model, far, random_ids(10, seed=2), [1] * 10), expected)
+
+
 def test_positions_stay_below_twice_the_window_and_keys_are_turned_once_a_window():
     """The bound behind shift and precision. Counted on what the model is given, and on what is written to the slots."""
     model = build_model("llama")
