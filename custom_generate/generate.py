@@ -3150,7 +3150,43 @@ def _cache_to_use(model: torch.nn.Module, kwargs: dict, window_length: int | Non
     return SinkCache(**{name: value for name, value in asked.items() if value is not None}, **mode)
 
 
-def _whole_prompt(model: torch.nn.Module, kwargs: dict) -> "Prompt":
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens `[batch, num_columns]` or embeddings `[batch, num_columns, hidden]`, with the mask of their left padding."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    name: str = "input_ids"
+
+    @property
+    def num_columns(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def arguments(self) -> dict:
+        return {self.name: self.tokens, "attention_mask": self.mask}
+
+    def split(self, num_columns: int) -> tuple["Prompt", "Prompt"]:
+        mask = self.mask
+        masks = (None, None) if mask is None else (mask[:, :num_columns], mask[:, num_columns:])
+        return (
+            Prompt(self.tokens[:, :num_columns], masks[0], self.name),
+            Prompt(self.tokens[:, num_columns:], masks[1], self.name),
+        )
+
+    def followed_by(self, ids: torch.Tensor) -> "Prompt":
+        """For one text."""
+        return Prompt(torch.cat([self.tokens, ids.to(self.tokens)], dim=1), None) if ids.shape[1] else self
+
+    def to(self, device: torch.device) -> "Prompt":
+        return Prompt(self.tokens.to(device), None if self.mask is None else self.mask.to(device), self.name)
+
+    def repeat(self, num_copies: int) -> "Prompt":
+        mask = self.mask if self.mask is None else self.mask.repeat_interleave(num_copies, 0)
+        return Prompt(self.tokens.repeat_interleave(num_copies, 0), mask, self.name)
+
+
+def _whole_prompt(model: torch.nn.Module, kwargs: dict) -> Prompt:
     """What the call passes as the text to continue. Without any, `input_ids` becomes the token that begins texts."""
     for name in ("input_ids", "attention_mask"):
         value = kwargs.get(name)
@@ -3184,7 +3220,7 @@ class Feed:
 
     model: torch.nn.Module
     cache: SinkCache
-    prompt: "Prompt | None"
+    prompt: Prompt | None
     chunk_size: int | None
     synced_gpus: bool = False
     num_last: int | None = None
@@ -3250,7 +3286,7 @@ class Feed:
             self.cache._num_other_columns = self.num_other
         return inputs
 
-    def all_but_last_chunk(self, others: dict) -> "Prompt":
+    def all_but_last_chunk(self, others: dict) -> Prompt:
         """Run the prompt through the model but for its last chunk, which is returned.
 
         Args:
@@ -3278,7 +3314,7 @@ def _idle_pass(tokens: torch.Tensor, name: str) -> dict:
     return {name: tokens[:, -1:], "use_cache": False}
 
 
-def _prepare_processors(view: torch.nn.Module, prompt: "Prompt", num_copies: int, guidance: "Guidance | None") -> None:
+def _prepare_processors(view: torch.nn.Module, prompt: Prompt, num_copies: int, guidance: "Guidance | None") -> None:
     """Guidance comes first; and those that leave out padding (`repetition_penalty`, in 5.23) are told what is padding."""
     get_processors = view._get_logits_processor
 
@@ -3296,7 +3332,7 @@ def _prepare_processors(view: torch.nn.Module, prompt: "Prompt", num_copies: int
 
 
 def _guidance(
-    model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", kwargs: dict, chunk_size: int | None
+    model: torch.nn.Module, cache: SinkCache, prompt: Prompt, kwargs: dict, chunk_size: int | None
 ) -> "Guidance | None":
     """What `guidance_scale` asks for.
 
@@ -3369,7 +3405,7 @@ class Guidance(LogitsProcessor):
 NUM_TOKENS_CUT_ANEW = 10
 
 
-def _check_drafting(model: torch.nn.Module, cache: SinkCache, prompt: "Prompt", num_copies: int) -> None:
+def _check_drafting(model: torch.nn.Module, cache: SinkCache, prompt: Prompt, num_copies: int) -> None:
     """At the door, what would come to light only in the middle of the text."""
     if prompt.name != "input_ids":
         raise ValueError("Assisted decoding can't begin with inputs_embeds: drafts are made from ids. Pass input_ids.")
@@ -3564,42 +3600,6 @@ class History(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         return self.clone().__reduce_ex__(protocol)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Tokens `[batch, num_columns]` or embeddings `[batch, num_columns, hidden]`, with the mask of their left padding."""
-
-    tokens: torch.Tensor
-    mask: torch.Tensor | None
-    name: str = "input_ids"
-
-    @property
-    def num_columns(self) -> int:
-        return self.tokens.shape[1]
-
-    @property
-    def arguments(self) -> dict:
-        return {self.name: self.tokens, "attention_mask": self.mask}
-
-    def split(self, num_columns: int) -> tuple["Prompt", "Prompt"]:
-        mask = self.mask
-        masks = (None, None) if mask is None else (mask[:, :num_columns], mask[:, num_columns:])
-        return (
-            Prompt(self.tokens[:, :num_columns], masks[0], self.name),
-            Prompt(self.tokens[:, num_columns:], masks[1], self.name),
-        )
-
-    def followed_by(self, ids: torch.Tensor) -> "Prompt":
-        """For one text."""
-        return Prompt(torch.cat([self.tokens, ids.to(self.tokens)], dim=1), None) if ids.shape[1] else self
-
-    def to(self, device: torch.device) -> "Prompt":
-        return Prompt(self.tokens.to(device), None if self.mask is None else self.mask.to(device), self.name)
-
-    def repeat(self, num_copies: int) -> "Prompt":
-        mask = self.mask if self.mask is None else self.mask.repeat_interleave(num_copies, 0)
-        return Prompt(self.tokens.repeat_interleave(num_copies, 0), mask, self.name)
 
 
 def _unseen(prompt: Prompt, cache: SinkCache, num_copies: int) -> Prompt:

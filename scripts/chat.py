@@ -180,6 +180,7 @@ def read_lines(prompt: str):
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that begins it in the background has it ignored
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--window-length", type=int, default=DEFAULT_WINDOW_LENGTH, help="tokens held (default: %(default)s)")

@@ -185,7 +185,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--methods", nargs="+", choices=methods, default=methods, help="(default: all)")
     add("--window-length", type=count, nargs="+", default=[64, 128], help="(default: 64 128)")
     add("--num-sink-tokens", type=int, nargs="+", default=[4], help="0 is the method window (default: 4)")
-    add("--quantized", nargs="+", type=json.loads, default=[], metavar="JSON", help="also windows with sinks that are quantized so")
+    add(
+        "--quantized",
+        nargs="+",
+        type=json.loads,
+        default=[],
+        metavar="JSON",
+        help="also windows with sinks that are quantized so",
+    )
     add("--chunk-length", type=count, default=128, help="tokens in one pass (default: %(default)s)")
     add(
         "--max-full-length",
