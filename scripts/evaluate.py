@@ -520,6 +520,23 @@ def model_name(args) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def add_method_arguments(parser: argparse.ArgumentParser, methods: tuple[str, ...], window_lengths: list[int]) -> None:
+    """What is measured (`chosen_methods`), and in what chunks."""
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=methods, default=[*methods], help="(default: all)")
+    add("--window-length", type=count, nargs="+", default=window_lengths, help="(default: %(default)s)")
+    add("--num-sink-tokens", type=int, nargs="+", default=[4], help="0 is the method window (default: 4)")
+    add(
+        "--quantized",
+        nargs="+",
+        type=json.loads,
+        default=[],
+        metavar="JSON",
+        help="also windows with sinks that are quantized so",
+    )
+    add("--chunk-length", type=count, default=128, help="tokens in one pass (default: %(default)s)")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
@@ -539,18 +556,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=count, help="texts side by side; 1 reads them in a row (default: 16 of the default text, else 1)")
     add("--special-tokens", choices=("first", "each"), default="first",
         help="which texts in a row begin as the tokenizer begins a text (default: %(default)s)")  # fmt: skip
-    add("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="(default: all)")
-    add("--window-length", type=count, nargs="+", default=[128], help="(default: 128)")
-    add("--num-sink-tokens", type=int, nargs="+", default=[4], help="0 is the method window (default: 4)")
-    add(
-        "--quantized",
-        nargs="+",
-        type=json.loads,
-        default=[],
-        metavar="JSON",
-        help="also windows with sinks that are quantized so",
-    )
-    add("--chunk-length", type=count, default=128, help="tokens in one pass (default: %(default)s)")
+    add_method_arguments(parser, METHODS, [128])
     add("--bucket-length", type=count, help=f"positions in one line of the CSV (default: for about {NUM_BUCKETS} lines)")
     add("--recompute-every", type=count, default=8, help="1 makes every prediction of recompute (default: %(default)s)")
     add("--max-full-length", type=count, default=20_000, help="where the full cache stops (default: %(default)s)")

@@ -35,6 +35,7 @@ from evaluate import (
     METHODS,
     Method,
     Results,
+    add_method_arguments,
     chosen_methods,
     documents,
     join_texts,
@@ -181,19 +182,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-streams", type=count, help="for each distance (default: 24 of copy, 10 of lines)")
     add("--query-every", type=count, default=10, help="lines from one query to the next (default: %(default)s)")
     add("--text", nargs="+", metavar="FILE", help="text files for copy (default: files of the standard library)")
-    methods = [method for method in METHODS if not method.startswith("recompute")]
-    add("--methods", nargs="+", choices=methods, default=methods, help="(default: all)")
-    add("--window-length", type=count, nargs="+", default=[64, 128], help="(default: 64 128)")
-    add("--num-sink-tokens", type=int, nargs="+", default=[4], help="0 is the method window (default: 4)")
-    add(
-        "--quantized",
-        nargs="+",
-        type=json.loads,
-        default=[],
-        metavar="JSON",
-        help="also windows with sinks that are quantized so",
-    )
-    add("--chunk-length", type=count, default=128, help="tokens in one pass (default: %(default)s)")
+    add_method_arguments(parser, tuple(method for method in METHODS if not method.startswith("recompute")), [64, 128])
     add(
         "--max-full-length",
         type=count,
