@@ -198,7 +198,7 @@ class FullReader:
 class SinkReader:
     """Sinks and window, or with 0 sinks the window alone."""
 
-    def __init__(self, model, window_length: int, num_sink_tokens: int, quantized: dict | None):
+    def __init__(self, model, window_length: int, num_sink_tokens: int, quantized: dict | None = None):
         self.model, self.cache = model, SinkCache.from_model(model, window_length, num_sink_tokens, quantized=quantized)
 
     @property

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from oracle import GrowingOracle, Text, oracle_logits
 
-NUM_OPERATIONS = int(os.environ.get("FUZZ_OPERATIONS", 1000))
+NUM_OPERATIONS = int(os.environ.get("FUZZ_OPERATIONS", 400))
 SHRINK = bool(os.environ.get("FUZZ_SHRINK"))
 OPERATIONS_A_RUN = 40
 MAX_STREAMS, MAX_ROWS = 3, 4
