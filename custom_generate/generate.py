@@ -117,15 +117,9 @@ def _own_layers(config) -> list:
     return layers
 
 
-def _recurrent_states(layer) -> list[torch.Tensor]:
-    """The recurrent and convolutional states of a layer: one of each, or several with names (since 5.14)."""
-    states = [layer.conv_states, layer.recurrent_states]
-    states = [each for state in states for each in (state.values() if isinstance(state, dict) else [state])]
-    return [state for state in states if state is not None]
-
-
 def _named_states(layer) -> dict[str, torch.Tensor]:
-    """Those states by names that say where they belong: `conv_states.0`."""
+    """The recurrent and convolutional states of a layer, one of each or several (since 5.14), by names that say where they belong:
+    `conv_states.0`."""
     kinds = {name: getattr(layer, name) for name in ("conv_states", "recurrent_states")}
     kinds = {name: states if isinstance(states, dict) else {0: states} for name, states in kinds.items()}
     return {f"{name}.{key}": state for name, states in kinds.items() for key, state in states.items() if state is not None}
@@ -514,9 +508,8 @@ class Probe:
         self.positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 3, self.turns_at - 3} - {-1}))
         with self._looking():
             embeddings = model.get_input_embeddings()
-            vocab_size = (
-                getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
-            )  # ZeRO-3 leaves a weight of no rows
+            # ZeRO-3 leaves a weight of no rows.
+            vocab_size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
             a, b = vocab_size // 3, 2 * vocab_size // 3
             self.texts = torch.tensor([[a, a, b], [b, b, a], [a, a, (a + b) // 2]])
             # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
@@ -743,7 +736,7 @@ class Step:
     ):
         self.window = window
         self.device = device
-        self._num_seen, self._num_new = num_seen, num_new
+        self._num_new = num_new
         self.num_columns = num_columns
         self.is_uniform = len(num_seen) == 1
         num_after = [seen + new for seen, new in zip(num_seen, num_new)]
@@ -789,7 +782,7 @@ class Step:
     def _locate(self) -> None:
         """Where each new token is written, and which of them are still held after the pass."""
         window, num_columns, device = self.window, self.num_columns, self.device
-        self.num_seen = torch.tensor(self._num_seen, device=device)[:, None]  # [rows, 1]
+        self.num_seen = torch.tensor(self.num_before, device=device)[:, None]  # [rows, 1]
         num_padding = num_columns - torch.tensor(self._num_new, device=device)[:, None]
         column = torch.arange(num_columns, device=device)
         self.tokens = self.num_seen + column - num_padding  # [rows, columns]
@@ -803,7 +796,7 @@ class Step:
     def written(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Row, slot and token of everything that is written, one entry each."""
         if self.tokens is None:
-            tokens = torch.arange(self.num_columns, device=self.device) + self._num_seen[0]
+            tokens = torch.arange(self.num_columns, device=self.device) + self.num_before[0]
             slots = torch.arange(self.slots.start, self.slots.stop, device=self.device)
         else:
             slots = self.slots
@@ -963,7 +956,7 @@ class States:
 
     @property
     def num_bytes_on_host(self) -> int:
-        """Those of `num_bytes` that are offloaded."""
+        """Bytes that are offloaded."""
         return 0
 
     @property
@@ -1094,8 +1087,7 @@ class States:
         """Turn what is held of each row back by so many positions, but for the sinks: those follow when a pass begins."""
         if self.rotation.is_identity:
             return
-        start = torch.tensor(num_positions, device=self.slots[0].device)[:, None, None]  # [rows, 1, 1]
-        angles = self.rotation.angles(start, torch.zeros_like(start))  # [rows, 1, 1, head_dim]
+        angles = self._angles_back(num_positions)
         for held in self.slots:
             recent = held[:, :, self.window.num_sinks :]
             recent.copy_(self.rotation.turn(recent, angles))
@@ -1103,13 +1095,16 @@ class States:
             for old in overwritten:
                 old.copy_(self.rotation.turn(old, angles[0] if len(angles) == 1 else angles[rows, 0]))
 
+    def _angles_back(self, num_positions: list[int]) -> torch.Tensor:
+        """What turns the states of each row back by so many positions: `[rows, 1, 1, head_dim]`."""
+        start = torch.tensor(num_positions, device=self.slots[0].device)[:, None, None]
+        return self.rotation.angles(start, torch.zeros_like(start))
+
     def undo(self, num_tokens: list[int]) -> None:
         """Put back what the passes in the log have overwritten, for all tokens of each row from `num_tokens` on."""
-        first = torch.tensor(num_tokens, device=self.slots[0].device)
-        for rows, slots, tokens, overwritten in reversed(self.log):
-            undone = tokens >= (first if len(first) == 1 else first[rows])
+        for rows, slots, undone, overwritten in _undone(self.log, num_tokens):
             for held, old in zip(self.slots, overwritten):
-                held[rows[undone], :, slots[undone]] = old[undone]
+                held[rows, :, slots] = old[undone]
 
     def select_rows(self, index: torch.Tensor) -> None:
         """Keep these rows of the batch, in this order."""
@@ -1232,18 +1227,14 @@ class StoredStates(States):
         self.log.append((rows, slots, tokens, {name: getattr(self, name)[:, rows, :, slots] for name in names}))
 
     def undo(self, num_tokens: list[int]) -> None:
-        for rows, slots, tokens, overwritten in reversed(self.log):
-            first = torch.tensor(num_tokens, device=tokens.device)
-            undone = tokens >= (first if len(first) == 1 else first[rows])
+        for rows, slots, undone, overwritten in _undone(self.log, num_tokens):
             for name, old in overwritten.items():
-                getattr(self, name)[:, rows[undone], :, slots[undone]] = old[undone]
+                getattr(self, name)[:, rows, :, slots] = old[undone]
 
     def move_back(self, num_positions: list[int]) -> None:
         if self.rotation.is_identity:
             return
-        device = self.slots[0].device
-        start = torch.tensor(num_positions, device=device)[:, None, None]
-        angles = self.rotation.angles(start, torch.zeros_like(start))  # [rows, 1, 1, head_dim]
+        device, angles = self.slots[0].device, self._angles_back(num_positions)
         for held in getattr(self, self.turned):
             held.copy_(self.rotation.turn(held.to(device), angles))
         for rows, _, _, overwritten in self.log:
@@ -1766,6 +1757,15 @@ def _selected(states: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tens
     return states.copy_(selected) if selected.shape == states.shape else selected
 
 
+def _undone(log: list[tuple], num_tokens: list[int]):
+    """What is put back if only the first `num_tokens` of each row stand, the last pass first: rows and slots of it, which entries of a
+    pass these are, and what that has overwritten."""
+    for rows, slots, tokens, overwritten in reversed(log):
+        first = torch.tensor(num_tokens, device=tokens.device)
+        undone = tokens >= (first if len(first) == 1 else first[rows])
+        yield rows[undone], slots[undone], undone, overwritten
+
+
 def _tensors_in(*values) -> list[torch.Tensor]:
     """Those among the values, and those in lists and tuples among them."""
     found = []
@@ -1972,7 +1972,7 @@ class SinkCache(Cache):
         tensors = [tensor for states in self._states for tensor in states.tensors]
         tensors += [tensor for group in self._groups if group.cursor for tensor in _tensors_in(*vars(group.cursor).values())]
         tensors += [
-            state for layer in self.layers if isinstance(layer, LinearAttentionLayer) for state in _recurrent_states(layer)
+            state for layer in self.layers if isinstance(layer, LinearAttentionLayer) for state in _named_states(layer).values()
         ]
         tensors += _tensors_in(self._token_ids, self._token_log)
         storages = [tensor.untyped_storage() for tensor in tensors]
@@ -2054,9 +2054,18 @@ class SinkCache(Cache):
 
     def empty_like(self) -> "SinkCache":
         """A new cache of the same window and kind, which serves no model yet."""
-        cache = type(self)(self.window_length, self.num_sink_tokens, self.is_static, offloaded=self.is_offloaded)
-        cache.quantization = self.quantization
-        return cache
+        return type(self)(**self._arguments)
+
+    @property
+    def _arguments(self) -> dict:
+        """Those with which it was made."""
+        return {
+            "window_length": self.window_length,
+            "num_sink_tokens": self.num_sink_tokens,
+            "static": self.is_static,
+            "quantized": self.quantization and vars(self.quantization),
+            "offloaded": self.is_offloaded,
+        }
 
     def bind(self, model: torch.nn.Module) -> None:
         """Tell the cache which model it serves: once, before its first token.
@@ -2271,10 +2280,8 @@ class SinkCache(Cache):
             if self._done_at_cursor is not None:
                 self._finish(self._pass)
             elif self._pass is not None and self._pass.can_be_repeated and self._pass.thread == call[0]:
-                self._pass, self._is_at_cursor = (
-                    None,
-                    False,
-                )  # interrupted, and nothing is lost: whoever comes next begins it anew
+                # Interrupted, and nothing is lost: whoever comes next begins it anew.
+                self._pass, self._is_at_cursor = None, False
             vars(self).pop("_call")
 
     def _check_not_in_use(self, thread: int) -> None:
@@ -2613,9 +2620,8 @@ class SinkCache(Cache):
         if removed:
             for states in self._states:
                 states.undo(num_left)
-            for rows, slots, tokens, old in reversed(self._token_log):
-                undone = tokens >= torch.tensor(num_left * (self._batch_size // len(num_left)), device=tokens.device)[rows]
-                self._token_ids[rows[undone], slots[undone]] = old[undone]
+            for rows, slots, undone, old in _undone(self._token_log, num_left):
+                self._token_ids[rows, slots] = old[undone]
             self._num_seen, self.unseen_token_ids = num_left, None
         self._forget_recorded()
 
@@ -2652,9 +2658,7 @@ class SinkCache(Cache):
                 tensors |= {f"layers.{index}.recurrent.{name}": tensor for name, tensor in _named_states(layer).items()}
         if self._token_ids is not None:
             tensors["token_ids"] = self._token_ids
-        numbers = {"window_length": self.window_length, "num_sink_tokens": self.num_sink_tokens, "static": self.is_static}
-        numbers |= {"quantized": self.quantization and vars(self.quantization), "offloaded": self.is_offloaded}
-        numbers |= {"batch_size": self._batch_size, "num_seen": self._num_seen, "base": self._base}
+        numbers = self._arguments | {"batch_size": self._batch_size, "num_seen": self._num_seen, "base": self._base}
         numbers |= {"unseen_token_ids": self.unseen_token_ids, "states": states, "has_previous_state": has_previous_state}
         Saved(tensors, numbers | {"model": _identity(model)}).write(path)
 
@@ -3011,7 +3015,7 @@ _NEUTRAL_VALUES = {
     "cache_implementation": ("dynamic", "static", "quantized", *OFFLOADED),
 }
 # Options under which the text is not just continued, token by token, as the second text of guidance would have to follow.
-NOT_WITH_GUIDANCE = ("num_beams", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+NOT_WITH_GUIDANCE = ("num_beams", *DRAFTING_OPTIONS)
 
 
 def _with_its_cache(function):
@@ -3440,7 +3444,7 @@ def _drafting_model(model: torch.nn.Module, cache: SinkCache, chunk_size: int | 
         assistant = _first_layers(model, num_layers)
     if assistant is None:
         return None
-    assistant = getattr(assistant, "_orig_mod", assistant)  # what torch.compile wraps
+    assistant = _unwrapped(assistant)
     own_cache = cache.empty_like()
     own_cache.bind(assistant)
     _check_roll_back(assistant, own_cache)
