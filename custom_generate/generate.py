@@ -98,9 +98,9 @@ def _makes_masks_itself(model: torch.nn.Module) -> bool:
     return any(hasattr(module, "_update_causal_mask") for module in model.modules())
 
 
-def _own_cache(config) -> DynamicCache:
+def _own_cache(config, kind: type[DynamicCache] = DynamicCache) -> DynamicCache:
     """The cache that the model's own `generate` would make."""
-    return DynamicCache(config=config) if HAS_LAYERS_BY_CONFIG else DynamicCache()
+    return kind(config=config) if HAS_LAYERS_BY_CONFIG else kind()
 
 
 def _own_layers(config) -> list:
@@ -137,6 +137,34 @@ def _restore_recurrent(layer, states: dict[str, torch.Tensor], has_previous_stat
         layer.has_previous_state.update(enumerate(has_previous_state))
     else:
         (layer.has_previous_state,) = has_previous_state
+
+
+def _noting(method):
+    place = list(inspect.signature(method).parameters).index("layer_idx")
+
+    @functools.wraps(method)
+    def noting(cache, *args, **kwargs):
+        cache.layers_reached.add(kwargs.get("layer_idx", (cache, *args, None)[place]))
+        return method(cache, *args, **kwargs)
+
+    return noting
+
+
+class NotesRecurrentLayers:
+    """A cache with `layers_reached`: the recurrent layers that have asked for their states or brought new ones, in whatever way the
+    release has for it."""
+
+
+for _name in [name for name in vars(Cache) if name.endswith("_state")]:
+    setattr(NotesRecurrentLayers, _name, _noting(getattr(Cache, _name)))
+
+
+class NotingCache(NotesRecurrentLayers, DynamicCache):
+    """One of transformers' own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.layers_reached = set()
 
 
 def _num_states(layer) -> int:
@@ -328,8 +356,12 @@ class Rotation:
 
     def turn(self, keys: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
         """Keys `[..., head_dim]` turned by angles that broadcast to them. Computed in float32 and rounded once."""
+        return turned(self.with_partners(keys), (angles.cos(), angles.sin())).to(keys.dtype)
+
+    def with_partners(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What has to be known of keys to turn them: themselves in float32, and what turns together with each dimension."""
         wide = keys.float()
-        return (wide * angles.cos() + wide[..., self.partner] * angles.sin()).to(keys.dtype)
+        return wide, wide[..., self.partner]
 
     def misfit(self, keys: torch.Tensor, positions: torch.Tensor) -> float:
         """How far keys `[tokens, positions, heads, head_dim]` are from those at the first position, moved to the others.
@@ -341,6 +373,12 @@ class Rotation:
         error = self.turn(first, angles[None, :, None]) - keys.float()
         length = (first.square() + first[..., self.partner].square()).mean((0, 2))
         return (error.square().mean((0, 2)) / (length + 1e-4 * length.mean())).max().sqrt().item()
+
+
+def turned(with_partners, turn) -> torch.Tensor:
+    """Keys and their partners, turned by cosines and sines: float32."""
+    (keys, partners), (cosines, sines) = with_partners, turn
+    return torch.addcmul(keys * cosines, partners, sines)
 
 
 def candidate_rotations(head_dim: int, tables: list[torch.Tensor]):
@@ -387,6 +425,7 @@ class ModelTraits:
         num_positions: positions from here on are not computed as those below. None: there is no such limit.
         is_ordered: scores depend on the order in which keys are handed out (ALiBi), and keys do not depend on positions.
         is_recurrent: there are recurrent or convolutional states.
+        noted_layers: those of them that say when a pass has reached them (`NotesRecurrentLayers`).
         layer_types: one name a layer, where the model takes one mask for each type of layer. Else None.
         has_old_masks: `_makes_masks_itself`.
     """
@@ -396,6 +435,7 @@ class ModelTraits:
     num_positions: int | None
     is_ordered: bool
     is_recurrent: bool
+    noted_layers: frozenset[int]
     layer_types: tuple[str, ...] | None
     has_old_masks: bool
 
@@ -448,8 +488,7 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     probe.check_that_no_token_sees_later_ones()
     probe.check_that_logits_depend_on_distances_only()
     has_rotation = any(not rotation.is_identity for layer in layers if layer for rotation in layer.rotations)
-    if probe.is_recurrent:
-        probe.check_that_texts_can_be_split()
+    noted_layers = probe.check_that_texts_can_be_split() if probe.is_recurrent else frozenset()
     if probe.is_recurrent and not has_rotation:
         probe.check_that_order_does_not_count()
     probe.check_length("keep_window_size", "from there on it chooses among its keys")  # Doge
@@ -462,6 +501,7 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
         num_positions=probe.num_positions,
         is_ordered=not has_rotation and not probe.is_recurrent,
         is_recurrent=probe.is_recurrent,
+        noted_layers=noted_layers,
         layer_types=tuple(layer_types) if layer_types else None,
         has_old_masks=probe.has_old_masks,
     )
@@ -553,15 +593,18 @@ class Probe:
         at_first_position = self._by_position(logits)[:, :1].expand(-1, len(self.positions), -1).flatten(0, 1)
         self._compare(logits, at_first_position, 1, "its logits depend on where a text stands, not only on distances")
 
-    def check_that_texts_can_be_split(self) -> None:
-        cache = _own_cache(self.config)
+    def check_that_texts_can_be_split(self) -> frozenset[int]:
+        """Returns the recurrent layers that say of themselves that a pass has reached them."""
+        cache = _own_cache(self.config, NotingCache)
         try:
             self._ask(cache, slice(0, 1), dict.fromkeys((*FULL_MASKS, *SLIDING_MASKS, *PADDING_MASKS)))
         except Exception as error:
             raise self._refusal("this release takes no masks for its recurrent and other layers: try a newer one") from error
+        noted, cache.layers_reached = cache.layers_reached, set()
         logits = self._ask(cache, slice(1, 3))
         reason = "its logits depend on how a text is split into passes: its recurrent layers forget their state in a pass of several tokens"
         self._compare(logits[:, -1], self.logits[:, -1], 10, reason)  # 10: the two ways of a recurrence round differently
+        return frozenset(noted & cache.layers_reached - {None})
 
     def check_that_order_does_not_count(self) -> None:
         """One token more, on the keys as they are and in reverse."""
@@ -934,9 +977,8 @@ class States:
         self._moves_sinks = window.num_sinks > 0 and not rotation.is_identity
         self._look_at_sinks()
         if self._moves_sinks:
-            self._sinks = self._with_partners(
-                self.slots[0].new_zeros(num_layers, batch_size, num_heads, window.num_sinks, head_dim)
-            )
+            none_yet = self.slots[0].new_zeros(num_layers, batch_size, num_heads, window.num_sinks, head_dim)
+            self._sinks = torch.stack(rotation.with_partners(none_yet))
             self._set_turns(0)
         self.clear()
 
@@ -1005,7 +1047,7 @@ class States:
             held[rows, :, slots] = new[rows, :, columns]
         sinks = held[:, :, None, : self.window.num_sinks]
         if self._moves_sinks:
-            sinks = self._turned(self._with_partners(sinks), self._copies_turn)
+            sinks = turned(self.rotation.with_partners(sinks), self._copies_turn).to(held.dtype)
         sinks = sinks.expand(-1, -1, step.num_columns, -1, -1)
         handed_out = torch.cat([sinks.flatten(2, 3), held[:, :, step.recent_before], new], dim=2)
         held[step.rows, :, step.slots] = new[step.rows, :, step.columns]
@@ -1018,7 +1060,7 @@ class States:
     def update_at_cursor(self, index: int, new: torch.Tensor) -> torch.Tensor:
         """As `update`, in a compiled pass over one token: all slots are handed out, also those not yet used."""
         held = self.slots[index]
-        sinks = self._turned(self._sinks[:, index], self._turn) if self._moves_sinks else None
+        sinks = turned(self._sinks[:, index], self._turn).to(held.dtype) if self._moves_sinks else None
         self.cursor.write(held, new, sinks)
         return held
 
@@ -1072,7 +1114,7 @@ class States:
         self._sinks_are_new, self._sinks_are_at = new, at
         if self._moves_sinks:
             sinks = saved.take_all(layers, "sinks", (batch_size, num_heads, num_sinks, head_dim), torch.float32)
-            self._sinks = self._with_partners(torch.stack(sinks).to(device))
+            self._sinks = torch.stack(self.rotation.with_partners(torch.stack(sinks).to(device)))
             self._set_turns(turn)
 
     def _intact(self) -> list[torch.Tensor]:
@@ -1135,12 +1177,13 @@ class States:
         if any(self._sinks_are_at):
             is_moved = torch.tensor(self._sinks_are_at, device=sinks.device).bool()
             sinks = torch.where(is_moved[:, None, None, None], self._sinks[0], sinks)
-        self._sinks.copy_(self._with_partners(sinks))
+        self._sinks.copy_(torch.stack(self.rotation.with_partners(sinks)))
 
     def _move_sinks(self, shifts: list[int]) -> None:
         """Bring the sinks in the slots to `shifts` positions from where they came."""
         if shifts != self._sinks_are_at or self.cursor is not None:
-            torch._foreach_copy_(self._sink_slots, self._turned(self._sinks, self._sink_turn(shifts)).unbind())
+            sinks = turned(self._sinks, self._sink_turn(shifts)).to(self.slots[0].dtype)
+            torch._foreach_copy_(self._sink_slots, sinks.unbind())
             self._sinks_are_at = shifts
 
     def _sink_turn(self, shifts: list[int]) -> torch.Tensor:
@@ -1159,15 +1202,6 @@ class States:
         position = torch.arange(self.window.num_sinks, device=self.slots[0].device)
         angles = self.rotation.angles(position, position + shift.to(position.device)[..., None])
         return torch.stack([angles.cos(), angles.sin()])
-
-    def _with_partners(self, sinks: torch.Tensor) -> torch.Tensor:
-        """What a rotation has to know of states, `[2, ...]`: in float32, and what turns together with each."""
-        wide = sinks.float()
-        return torch.stack([wide, wide[..., self.rotation.partner]])
-
-    def _turned(self, sinks: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-        """As `Rotation.turn`."""
-        return torch.addcmul(sinks[0] * turn[0], sinks[1], turn[1]).to(self.slots[0].dtype)
 
 
 class StoredStates(States):
@@ -1877,7 +1911,7 @@ class RecurrentSinkLayer(SinkLayer, LinearAttentionLayer):
         SinkLayer.__init__(self, group, index, is_sliding)
 
 
-class SinkCache(Cache):
+class SinkCache(NotesRecurrentLayers, Cache):
     """A key/value cache that holds the first `num_sink_tokens` and the most recent tokens, `window_length` in all.
 
     A layer whose native sliding window is not longer than `window_length` keeps that window as it is, without sinks: the model
@@ -2309,10 +2343,10 @@ class SinkCache(Cache):
         model = self._model()
         if model is not None and model.training:
             _check_mode(model)
-        if self._pass is not None and self._pass.layers_done and not self._pass.can_be_repeated:
+        if self._has_lost_states:
             raise ValueError(
-                f"The last pass was interrupted after {len(self._pass.layers_done)} of {len(self.layers)} layers, when some had "
-                "already let go of what a second try needs. Call reset(), or go on from a copy that was made before."
+                f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already let go of "
+                "what a second try needs. Call reset(), or go on from a copy that was made before."
             )
         if self._batch_size not in (-1, batch_size):
             raise ValueError(
@@ -2322,6 +2356,7 @@ class SinkCache(Cache):
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
         num_seen_after = [seen + new for seen, new in zip(num_seen, num_new)]
+        self._check_padding(num_seen, num_new, num_columns)
 
         evicts = num_columns > 1 and any(max(num_seen_after) > window.length for window in self._windows)
         if evicts and self._traits.is_ordered:
@@ -2359,10 +2394,27 @@ class SinkCache(Cache):
         if at_cursor:
             for group in self._groups:
                 group.cursor.move(num_seen)
-        self._is_at_cursor = at_cursor
+        self._is_at_cursor, self.layers_reached = at_cursor, set()
         quantizes = self.quantization is not None and num_columns > 1
         can_be_repeated = not evicts and not quantizes and not self._traits.is_recurrent
         self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated, at_cursor)
+
+    def _check_padding(self, num_seen: list[int], num_new: list[int], num_columns: int) -> None:
+        for row, (seen, new) in enumerate(zip(num_seen, num_new)):
+            if self._traits.is_recurrent and seen > 0 and new < num_columns:
+                raise ValueError(
+                    f"Row {row} of the batch goes on by {new} tokens and another one by {num_columns}: the padding between would change "
+                    "its recurrent states as if it were text. With such a model, rows can go on by as many tokens each, or each with a "
+                    "cache of its own."
+                )
+
+    @property
+    def _has_lost_states(self) -> bool:
+        """Whether the last pass was interrupted, and can't be repeated."""
+        noted, reached = self._traits.noted_layers, self.layers_reached
+        if self._pass is None:  # through all layers that hold keys
+            return any(self._num_seen) and not noted <= reached
+        return not self._pass.can_be_repeated and (len(self._pass.layers_done) > 0 or not noted.isdisjoint(reached))
 
     def _positions_back(self, num_seen: list[int], num_seen_after: list[int], base: list[int]) -> list[int]:
         """By how much the positions of each row are lowered before a pass: rarely, and then to `window_length`.
@@ -2539,6 +2591,7 @@ class SinkCache(Cache):
         self._num_seen, self._base = [0], [0]  # one number for each row, or a single one where all rows are alike
         self._pass: Pass | None = None
         self._is_at_cursor = False  # until the last layer has been through a pass over one token, in static mode
+        self.layers_reached: set[int | None] = set()  # by the last pass, of the recurrent ones
         self._token_ids: torch.Tensor | None = None
         self.unseen_token_ids: list[int] | None = None  # what `generate` returned last: chosen, but not yet processed
         self._num_recorded = 0
@@ -2638,7 +2691,7 @@ class SinkCache(Cache):
             ValueError: a pass was begun and has not reached the last layer, or the cache has no model.
         """
         self._require_model()
-        if self._pass is not None:
+        if self._pass is not None or self._has_lost_states:
             raise ValueError(
                 "Can't save in the middle of a pass: it has not been through all layers. Save after the model's forward pass. If it was "
                 "interrupted, run it again first, model(**cache.prepare(...)), or save a copy that was made before."
@@ -2719,6 +2772,7 @@ class SinkCache(Cache):
             raise saved.refusal(f"{unseen!r:.50} can't be the last tokens of {batch_size} rows")
         saved.check_all_was_taken()
         self._batch_size, self._num_seen, self._base, self.unseen_token_ids = batch_size, num_seen, base, unseen
+        self.layers_reached = set(self._traits.noted_layers)
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
@@ -3087,6 +3141,8 @@ def generate(
     unseen = _unseen(prompt, cache, num_copies)
     guidance = _guidance(model, cache, prompt, kwargs, chunk_size)
     cache.bind(model)
+    if unseen.mask is not None:
+        cache._check_padding(cache.num_tokens_seen_by_row, count_tokens(unseen.mask), unseen.num_columns)
     if synced_gpus is None:  # as transformers decides
         is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
         synced_gpus = is_sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1

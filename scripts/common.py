@@ -129,13 +129,29 @@ def write_readme_block(name: str, text: str) -> None:
     README.write_text(before + text + after, encoding="utf-8")
 
 
+def add_block_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of a script that makes a block of the README."""
+    parser.add_argument("--check", action="store_true", help="exit with 1 if the README says something else")
+    parser.add_argument("--write", action="store_true", help="write it into the README")
+
+
+def check_or_write_block(args: argparse.Namespace, name: str, text: str) -> None:
+    """What those arguments ask for."""
+    if args.check and readme_block(name) != text:
+        sys.exit(f"The block {name} of README.md is not what is found here. Run {Path(sys.argv[0]).name} --write.")
+    if args.write:
+        write_readme_block(name, text)
+
+
 __all__ = [
     "DEFAULT_NUM_SINK_TOKENS",
     "DEFAULT_WINDOW_LENGTH",
     "DTYPES",
     "README",
     "ROOT",
+    "add_block_arguments",
     "add_model_arguments",
+    "check_or_write_block",
     "count",
     "describe_run",
     "load_model",

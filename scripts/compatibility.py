@@ -14,7 +14,7 @@ import warnings
 
 import torch
 import transformers
-from common import ROOT, readme_block, write_readme_block
+from common import ROOT, add_block_arguments, check_or_write_block
 from generate import Rotation, SinkCache
 from tqdm import tqdm
 
@@ -121,8 +121,7 @@ def table(found: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the README says something else")
-    parser.add_argument("--write", action="store_true", help="write the table into the README")
+    add_block_arguments(parser)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -130,10 +129,7 @@ def main() -> None:
 
     found = verdicts()
     new = table(found)
-    if args.check and readme_block("compatibility") != new:
-        sys.exit("The table in README.md is not what is found here. Run scripts/compatibility.py --write.")
-    if args.write:
-        write_readme_block("compatibility", new)
+    check_or_write_block(args, "compatibility", new)
     print(new)
     counts = {verdict: sum(entry["verdict"] == verdict for entry in found) for verdict in ("exact", "refused", "left out")}
     print(json.dumps({"transformers": transformers.__version__, **counts}))

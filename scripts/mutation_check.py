@@ -53,6 +53,20 @@ TESTS = [
     ["tests/test_families.py", "tests/test_static.py", "-m", "not also_eager"],
 ]  # fmt: skip
 
+# In place of those, for what they don't use: by the name with which a change begins.
+STORED = ["tests/test_quantized.py", "tests/test_offloaded.py"], ["tests/test_stored_state.py", "tests/test_memory.py"]
+TESTS_OF = {
+    "StoredStates": STORED,
+    "QuantizedStates": STORED,
+    "Quantization": STORED,
+    "OffloadedStates": STORED,
+    "Feed": [["tests/test_generate.py"], ["tests/test_beams.py", "tests/test_assisted.py"], ["tests/test_modes.py", "tests/test_distributed.py"]],
+    "Drafter": [["tests/test_assisted.py"]],
+    "Guidance": [["tests/test_modes.py"]],
+    "History": [["tests/test_generate.py"]],
+    "Saved": [["tests/test_state.py"], ["tests/test_stored_state.py"]],
+}  # fmt: skip
+
 # name: (what stands in generate.py exactly once, what is put there)
 MUTATIONS = {
     # Where a token is stored
@@ -91,14 +105,11 @@ MUTATIONS = {
         "return (stop - start)[..., None].float() * self.frequency",
     ),
     "rotation: sine and cosine exchanged": (
-        "return (wide * angles.cos() + wide[..., self.partner] * angles.sin()).to(keys.dtype)",
-        "return (wide * angles.sin() + wide[..., self.partner] * angles.cos()).to(keys.dtype)",
+        "(keys, partners), (cosines, sines) = with_partners, turn",
+        "(keys, partners), (sines, cosines) = with_partners, turn",
     ),
-    "rotation: in the dtype of the keys": ("wide = keys.float()\n        return", "wide = keys\n        return"),
-    "rotation: sinks turned by cosines only": (
-        "return torch.addcmul(sinks[0] * turn[0], sinks[1], turn[1]).to(self.slots[0].dtype)",
-        "return (sinks[0] * turn[0]).to(self.slots[0].dtype)",
-    ),
+    "rotation: in the dtype of the keys": ("wide = keys.float()\n        return wide", "wide = keys\n        return wide"),
+    "rotation: by cosines only": ("return torch.addcmul(keys * cosines, partners, sines)", "return keys * cosines"),
     "rotation: any misfit will do": ("if best[0] <= tolerance:", "if best[0] <= 10:"),
     "rotation: the first layer need not count by position": ("if is_first and misfit <= tolerance:", "if False:"),
     # What a pass does
@@ -152,7 +163,7 @@ MUTATIONS = {
     "cursor: mask as it was": ("if num_visible != self._num_visible:", "if len(num_visible) != len(self._num_visible):"),
     "states: sinks not turned": ("            self._move_sinks(step.shifts)\n", "            self._move_sinks([0])\n"),
     "states: copies of the sinks not turned": (
-        "            sinks = self._turned(self._with_partners(sinks), self._copies_turn)\n",
+        "            sinks = turned(self.rotation.with_partners(sinks), self._copies_turn).to(held.dtype)\n",
         "            pass\n",
     ),
     "states: copies of the sinks turned twice": ("            self._move_sinks([0])\n            self._copies_turn", "            self._copies_turn"),
@@ -241,7 +252,7 @@ EQUIVALENT = {
 }
 
 # Where a program makes changes.
-CLASSES = {"Window", "Rotation", "Step", "Cursor", "States", "LayerGroup", "SinkCache"}
+CLASSES = {"Window", "Rotation", "Step", "Cursor", "States", "LayerGroup", "SinkCache", *TESTS_OF}
 OTHER_WAY = {
     ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Add: "-", ast.Sub: "+",
     ast.And: "or", ast.Or: "and",
@@ -347,7 +358,7 @@ def import_what_tests_need() -> None:
     transformers.GenerationConfig, transformers.DynamicCache
 
 
-def run_tests(folder: Path, log: Path, num_groups: int) -> None:
+def run_tests(folder: Path, log: Path, groups: list[list[str]]) -> None:
     """In a process of its own: ends it with 0 if all pass, 1 if one fails."""
     import pytest
 
@@ -355,7 +366,7 @@ def run_tests(folder: Path, log: Path, num_groups: int) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        for tests in TESTS[:num_groups]:
+        for tests in groups:
             if not all(Path(test).exists() for test in tests if test.endswith(".py")):
                 continue
             status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=line", "-W", "ignore", *tests])
@@ -367,14 +378,14 @@ def run_tests(folder: Path, log: Path, num_groups: int) -> None:
     os._exit(0)
 
 
-def verdict(folder: Path, text: str, log: Path, cpu_seconds: int, num_groups: int) -> str:
-    """What the tests say of this file: caught, survived, or that they did not end."""
+def verdict(folder: Path, text: str, log: Path, cpu_seconds: int, groups: list[list[str]]) -> str:
+    """What these tests say of a file: caught, survived, or that they did not end."""
     (folder / SOURCE).write_text(text, encoding="utf-8")
     process = os.fork()
     if process == 0:
         with contextlib.suppress(BaseException):
             resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 5))
-            run_tests(folder, log, num_groups)
+            run_tests(folder, log, groups)
         os._exit(1)
     _, status = os.waitpid(process, 0)
     if os.WIFSIGNALED(status):
@@ -427,7 +438,8 @@ def main() -> None:
             folder, start = folders.pop(), time.perf_counter()
             log = Path(f"{folder}.log")
             try:
-                said = verdict(folder, changes[name], log, args.cpu_seconds, args.groups)
+                groups = TESTS_OF.get(name.partition(".")[0], TESTS)[: args.groups]
+                said = verdict(folder, changes[name], log, args.cpu_seconds, groups)
                 return name, said, failed_test(log), time.perf_counter() - start
             finally:
                 folders.append(folder)

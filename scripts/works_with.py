@@ -10,10 +10,9 @@ the tests exist, and that what is said to be refused is.
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass, field
 
-from common import readme_block, write_readme_block
+from common import add_block_arguments, check_or_write_block
 from generate import HAS_ALL_BEAM_SEARCHES, SUPPORTED_ATTENTION, UNSUPPORTED_OPTIONS
 
 VERDICTS = WORKS, NO_EFFECT, REFUSED, NOT_TRIED = "works", "no effect", "refused", "not tried"
@@ -204,14 +203,10 @@ def tables() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the README says something else")
-    parser.add_argument("--write", action="store_true", help="write the tables into the README")
+    add_block_arguments(parser)
     args = parser.parse_args()
     text = tables()
-    if args.write:
-        write_readme_block("works-with", text)
-    if args.check and readme_block("works-with") != text:
-        sys.exit("The tables in README.md are not those of scripts/works_with.py. Run it with --write.")
+    check_or_write_block(args, "works-with", text)
     print(text)
     every = [row for head in TABLES for row in rows(head)]
     print(json.dumps({verdict: sum(len(row.names) for row in every if row.verdict == verdict) for verdict in VERDICTS}))

@@ -10,6 +10,7 @@ Each token gets a cache of transformers' own layers, so the model makes its mask
 caches with native windows, it is given one in which all that is cached is visible.
 """
 
+import copy
 import inspect
 
 import torch
@@ -70,7 +71,7 @@ def copy_recurrent_states(before: DynamicCache, cache: DynamicCache) -> None:
     not_state = {*vars(cache_utils.DynamicLayer()), "cumulative_length", "sliding_window"} if mixin else ()
     for old, new in zip(getattr(before, "layers", ()), getattr(cache, "layers", ())):
         if isinstance(new, mixin):
-            vars(new).update({name: value for name, value in vars(old).items() if name not in not_state})
+            vars(new).update({name: copy.deepcopy(value) for name, value in vars(old).items() if name not in not_state})
 
 
 @torch.no_grad()
@@ -153,6 +154,7 @@ class Text:
         self.length: int = 0 if before is None else before.length + 1
         self.logits: torch.Tensor | None = None  # [vocab]
         self.states: list[tuple | None] = []  # keys and values of the token, by layer
+        self.cache = DynamicCache()  # with the recurrent states
         self.moved_sinks: dict[int, list] = {}  # of a text that is all sinks: block of shifts -> states by layer
         self.longer: dict[int, Text] = {}
 
@@ -178,6 +180,9 @@ class GrowingOracle:
         self.model, self.window_length, self.num_sinks = model, window_length, num_sink_tokens
         self.windows = native_windows(model, window_length)
         self.has_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.is_recurrent = any(
+            hasattr(layer, "recurrent_states") for layer in getattr(new_cache(model, self.windows), "layers", ())
+        )
         self.empty, self.num_computed = Text(), 0
 
     def append(self, text: Text, token: int) -> Text:
@@ -188,6 +193,7 @@ class GrowingOracle:
     @torch.no_grad()
     def _compute(self, text: Text, token: int) -> Text:
         grown, cache, num_kept = Text(text, token), new_cache(self.model, self.windows), []
+        copy_recurrent_states(text.cache, cache)
         is_full = text.length >= self.window_length
         recent, sinks = text.last(self.window_length), None
         if is_full and self.num_sinks:
@@ -198,7 +204,7 @@ class GrowingOracle:
         for index, window in enumerate(self.windows):
             num = window - 1 if window is not None else self.window_length - self.num_sinks - 1 if is_full else len(recent)
             kept = [each.states[index] for each in recent[max(len(recent) - num, 0) :] if each.states[index] is not None]
-            if window is None and sinks is not None:
+            if window is None and sinks is not None and sinks[index] is not None:
                 kept = [sinks[index], *kept]
             if kept:
                 cache.update(torch.cat([keys for keys, _ in kept], 2), torch.cat([values for _, values in kept], 2), index)
@@ -211,6 +217,7 @@ class GrowingOracle:
         grown.logits = self._run([token], torch.tensor([text.length]), cache, mask)[0, -1]
         states = [states_of(cache, index) for index in range(len(self.windows))]
         grown.states = [each and tuple(state[:, :, -1:].clone() for state in each) for each in states]
+        grown.cache = cache if self.is_recurrent else text.cache
         self.num_computed += 1
         return grown
 

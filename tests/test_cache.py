@@ -1,13 +1,17 @@
 """`SinkCache` as an object: what it says of itself, and every operation at every fill level."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
-from families import EAGER_ONLY, build_model, first_served
-from generate import MODELS_ASK_FOR_QUERY_OFFSET, SinkCache, Step, Window
+from families import EAGER_ONLY, TRANSFORMERS, build_model, first_served
+from generate import MODELS_ASK_FOR_QUERY_OFFSET, SinkCache, Step, Window, generate
 from oracle import oracle_logits
+from packaging.version import Version
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from zoo import build_zoo_model
 
 # Tokens seen before the operation: fewer than the sinks, filling, at the edge, past it, past several re-bases.
 FILL_LEVELS = [2, 10, WINDOW_LENGTH - 1, WINDOW_LENGTH, WINDOW_LENGTH + 1, 50]
@@ -253,29 +257,92 @@ def test_the_model_may_prepare_passes_itself_one_token_at_a_time(name, implement
     assert_same(torch.cat(logits, 1), oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS))
 
 
-def interrupt_a_pass(model, cache: SinkCache, input_ids: torch.Tensor, monkeypatch) -> None:
-    """Ctrl-C in the third of four layers, in one pass over these tokens."""
-    with monkeypatch.context() as patch:
-        patch.setattr(model.model.layers[2], "forward", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+@contextlib.contextmanager
+def interrupted_at(module: torch.nn.Module):
+    """Ctrl-C when a pass gets there."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = module.register_forward_pre_hook(interrupt)
+    try:
         with pytest.raises(KeyboardInterrupt):
-            feed(model, cache, input_ids, [input_ids.shape[1]])
+            yield
+    finally:
+        handle.remove()
 
 
-def test_a_pass_that_is_interrupted_can_be_repeated(model, monkeypatch):
+def test_a_pass_that_is_interrupted_can_be_repeated(model):
     """At a single token: the next try finds everything as it was."""
     cache, streams = filled(model, 50)
-    interrupt_a_pass(model, cache, streams[:, 50:51], monkeypatch)
+    with interrupted_at(model.model.layers[2]):
+        feed(model, cache, streams[:, 50:51], [1])
     assert cache.num_tokens_seen == 50
     assert_goes_on(model, cache, streams, 50)
 
 
-def test_an_interrupted_pass_that_can_not_be_repeated_is_not_glossed_over(model, monkeypatch):
+def test_an_interrupted_pass_that_can_not_be_repeated_is_not_glossed_over(model):
     cache, streams = filled(model, 50)
-    interrupt_a_pass(model, cache, streams[:, 50:60], monkeypatch)
-    with pytest.raises(ValueError, match=r"interrupted after 2 of 4 layers.*reset\(\)"):
+    with interrupted_at(model.model.layers[2]):
+        feed(model, cache, streams[:, 50:60], [10])
+    with pytest.raises(ValueError, match=r"interrupted before .* all 4 layers.*reset\(\)"):
         cache.prepare(streams[:, 50:51])
     cache.reset()
     assert_goes_on(model, cache, streams, 0)
+
+
+@pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next", "granitemoehybrid", "falcon_h1"])
+def test_recurrent_states_that_have_gone_on_are_not_glossed_over(model_type, tmp_path):
+    """They go on in place, layer by layer, also before the first keys of a pass come and after the last."""
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or TRANSFORMERS < Version("5.5"):
+        pytest.skip(f"transformers {TRANSFORMERS} has no {model_type}, or refuses it")
+    model, streams = build_zoo_model(model_type), random_ids(60)
+    try:
+        before, expected = new_cache(model), oracle_logits(model, streams, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    except ValueError:
+        pytest.skip(f"refused with transformers {TRANSFORMERS}")
+    feed(model, before, streams[:, :40], [40])
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == len(before.layers))
+    for layer in (*layers, model.get_output_embeddings()):
+        cache = copy.deepcopy(before)
+        with interrupted_at(layer):
+            feed(model, cache, streams[:, 40:41], [1])
+        num_seen = 40
+        if layer is model.get_output_embeddings():  # all states are there
+            num_seen = 41
+        elif layer is not layers[0]:
+            with pytest.raises(ValueError, match=r"interrupted before .* all \d+ layers"):
+                cache.prepare(streams[:, 40:41])
+            with pytest.raises(ValueError, match="in the middle of a pass"):
+                cache.save(tmp_path / "cache")
+            cache.reset()
+            num_seen = 0
+        logits = feed(model, cache, streams[:, num_seen:], [60 - num_seen])
+        assert_same(logits, expected[:, num_seen:])
+
+
+@pytest.mark.parametrize("model_type", ["lfm2", "granitemoehybrid"])
+def test_padding_in_the_middle_of_a_text_does_not_become_part_of_recurrent_states(model_type):
+    """Before a text, states are zero and padding leaves them so. In it, transformers' layers go on over padding."""
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or TRANSFORMERS < Version("5.15"):
+        pytest.skip(f"transformers {TRANSFORMERS} has no {model_type}, or refuses it")
+    model, streams = build_zoo_model(model_type), random_ids(50, num_rows=2)
+    cache, (ids, mask) = new_cache(model), left_padded([streams[:1, :20], streams[1:, :9]])
+    feed(model, cache, ids, [5] * 4, mask)
+    before = repr(cache)
+    for num_new in (4, 2), (0, 3):
+        later, mask = left_padded([streams[:1, 20 : 20 + num_new[0]], streams[1:, 9 : 9 + num_new[1]]])
+        with pytest.raises(ValueError, match=r"Row \d of the batch goes on by \d tokens and another one by \d"):
+            cache.prepare(later, mask)
+        texts, masks = left_padded([streams[:1, : 20 + num_new[0]], streams[1:, : 9 + num_new[1]]])
+        if 0 not in num_new:
+            with pytest.raises(ValueError, match=r"Row 1 of the batch goes on by 2 tokens and another one by 4"):
+                generate(texts, attention_mask=masks, model=model, past_key_values=cache, prefill_chunk_size=1)
+        assert repr(cache) == before
+    logits = feed(model, cache, torch.cat([streams[:1, 20:50], streams[1:, 9:39]]), [8] + [1] * 22)
+    for row, start in ((0, 20), (1, 9)):
+        expected = oracle_logits(model, streams[row : row + 1], WINDOW_LENGTH, NUM_SINK_TOKENS)
+        assert_same(logits[row : row + 1], expected[:, start : start + 30])
 
 
 def test_a_loop_that_forgot_no_grad_keeps_no_graph(model):
