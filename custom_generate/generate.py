@@ -1012,7 +1012,9 @@ class States:
 
     def begin(self, step: Step, is_recording: bool, at_cursor: bool) -> None:
         """Before a pass: make room, and bring the sinks to where its queries need them, or say where (at the cursor)."""
-        self.step, self._copies_turn = step, None
+        if self.step is not None:
+            self._give_up()
+        self.step, self._copies_turn, self._num_logged = step, None, len(self.log)
         self._reserve(step.num_held)
         if is_recording:
             rows, slots, tokens = step.written(len(self.slots[0]))
@@ -1052,6 +1054,11 @@ class States:
         handed_out = torch.cat([sinks.flatten(2, 3), held[:, :, step.recent_before], new], dim=2)
         held[step.rows, :, step.slots] = new[step.rows, :, step.columns]
         return handed_out
+
+    def _give_up(self) -> None:
+        """A pass was begun, and has not ended: what was recorded of it is put back."""
+        self.log, given_up = self.log[: self._num_logged], self.log[self._num_logged :]
+        self._put_back(given_up, [0])
 
     def end(self) -> None:
         """After a pass: let go of what only that needed."""
@@ -1144,7 +1151,10 @@ class States:
 
     def undo(self, num_tokens: list[int]) -> None:
         """Put back what the passes in the log have overwritten, for all tokens of each row from `num_tokens` on."""
-        for rows, slots, undone, overwritten in _undone(self.log, num_tokens):
+        self._put_back(self.log, num_tokens)
+
+    def _put_back(self, log: list[tuple], num_tokens: list[int]) -> None:
+        for rows, slots, undone, overwritten in _undone(log, num_tokens):
             for held, old in zip(self.slots, overwritten):
                 held[rows, :, slots] = old[undone]
 
@@ -1260,8 +1270,8 @@ class StoredStates(States):
         """Log what a pass will overwrite in tensors `[layers, batch, heads, slots, ...]`, to be put back if these tokens are undone."""
         self.log.append((rows, slots, tokens, {name: getattr(self, name)[:, rows, :, slots] for name in names}))
 
-    def undo(self, num_tokens: list[int]) -> None:
-        for rows, slots, undone, overwritten in _undone(self.log, num_tokens):
+    def _put_back(self, log: list[tuple], num_tokens: list[int]) -> None:
+        for rows, slots, undone, overwritten in _undone(log, num_tokens):
             for name, old in overwritten.items():
                 getattr(self, name)[:, rows, :, slots] = old[undone]
 
@@ -1357,8 +1367,6 @@ class QuantizedStates(StoredStates):
         if min(step.num_before) <= self._turns_until:
             back = self.moved[:, None, None] - self.moved_at[0]
             self._angles = self.rotation.angles(back, torch.zeros_like(back))[..., None, :]  # [batch, 1, num_blocks, 1, head_dim]
-        rows, slots = self._new_blocks[:2]  # the pass still sees the blocks that were there
-        self.moved_at[:, rows, :, slots] = self.moved[rows, None, None]
 
     def _num_quantized(self, num_seen: int) -> int:
         """Blocks that are quantized of a text of so many tokens, held or evicted."""
@@ -1419,6 +1427,8 @@ class QuantizedStates(StoredStates):
 
     def end(self) -> None:
         super().end()
+        rows, slots = self._new_blocks[:2]
+        self.moved_at[:, rows, :, slots] = self.moved[rows, None, None]
         self._sources = self._new_whole = self._new_blocks = self._angles = None
 
     def move_back(self, num_positions: list[int]) -> None:
@@ -1530,9 +1540,9 @@ class OffloadedStates(StoredStates):
         self._finish_copies()
         return super().state()
 
-    def undo(self, num_tokens: list[int]) -> None:
+    def _put_back(self, log: list[tuple], num_tokens: list[int]) -> None:
         self._finish_copies()
-        super().undo(num_tokens)
+        super()._put_back(log, num_tokens)
 
     def move_back(self, num_positions: list[int]) -> None:
         self._finish_copies()

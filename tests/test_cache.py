@@ -291,6 +291,34 @@ def test_an_interrupted_pass_that_can_not_be_repeated_is_not_glossed_over(model)
     assert_goes_on(model, cache, streams, 0)
 
 
+FP8 = {"backend": "fp8", "q_group_size": 8, "residual_length": 8}
+
+
+@pytest.mark.parametrize("is_recording", [False, True])
+@pytest.mark.parametrize("num_seen", [10, 75])
+@pytest.mark.parametrize("options", [{}, {"static": True}, {"offloaded": True}, {"quantized": FP8}], ids=lambda each: str(*each))
+def test_a_pass_that_is_given_up_leaves_nothing_behind(model, options, num_seen, is_recording):
+    """Prepared and not run, or interrupted; then others come and are taken back. (At 75 there are blocks that were quantized before
+    positions were lowered, in places that the first pass would take.)"""
+    cache, streams = SinkCache.from_model(model, 32, NUM_SINK_TOKENS, **options), random_ids(num_seen + 40)
+    feed(model, cache, streams[:, :num_seen], [1] * num_seen)
+    if is_recording:
+        cache.activate_past_recording()
+    untouched = copy.deepcopy(cache)
+    cache.prepare(random_ids(20, seed=8))
+    with interrupted_at(model.model.layers[2]):
+        feed(model, cache, random_ids(1, seed=9), [1])
+    logits = []
+    for each in (cache, untouched):
+        num = 10
+        feed(model, each, streams[:, num_seen : num_seen + num], [6, 1, 3])
+        if is_recording:
+            each.crop(-8)
+            num = 2
+        logits.append(feed(model, each, streams[:, num_seen + num :], [5] + [1] * (35 - num)))
+    assert_same(*logits)
+
+
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next", "granitemoehybrid", "falcon_h1"])
 def test_recurrent_states_that_have_gone_on_are_not_glossed_over(model_type, tmp_path):
     """They go on in place, layer by layer, also before the first keys of a pass come and after the last."""

@@ -149,21 +149,22 @@ class CacheMachine(RuleBasedStateMachine):
         implementation=st.sampled_from(["eager", "sdpa"]),
         window_length=st.integers(1, 24),
         num_sink_tokens=st.integers(0, 6),
-        static=st.booleans(),
+        mode=st.sampled_from(["", "static", "offloaded"]),
     )
-    def start(self, number, implementation, window_length, num_sink_tokens, static):
+    def start(self, number, implementation, window_length, num_sink_tokens, mode):
         name = MODELS[number][0]
         implementation = "eager" if name in EAGER_ONLY else implementation
         num_sink_tokens = min(num_sink_tokens, window_length - 1)
         self.is_ordered, self.is_recurrent = name in ORDERED, name in RECURRENT
-        self.static = static and not self.is_ordered and not self.is_recurrent
+        self.static = mode == "static" and not self.is_ordered and not self.is_recurrent
         self.model, _ = models_of(number, implementation)
         self.oracle = oracle_of(number, implementation, window_length, num_sink_tokens)
         if self.oracle.num_computed > 10_000:
             oracle_of.cache_clear()
             self.oracle = oracle_of(number, implementation, window_length, num_sink_tokens)
         self.window_length, self.num_sinks = window_length, num_sink_tokens
-        self.streams = [Stream(SinkCache.from_model(self.model, window_length, num_sink_tokens, self.static))]
+        modes = {"static": self.static, "offloaded": mode == "offloaded"}
+        self.streams = [Stream(SinkCache.from_model(self.model, window_length, num_sink_tokens, **modes))]
         self.windows = [window or window_length for window in self.oracle.windows]
         self.has_native_windows = any(layer and layer.native_window for layer in self.streams[0].cache._traits.layers)
 
