@@ -75,6 +75,18 @@ def test_every_kind_of_model(tmp_path, name, dtype):
     assert_goes_on_alike(model, cache, tmp_path / "cache", [1] * REST if name == "bloom" else SIZES)
 
 
+def test_after_a_roll_back_to_before_positions_were_lowered(tmp_path):
+    """Positions are then counted from a token that is yet to come."""
+    model = build_model("llama")
+    cache = SinkCache.from_model(model, **WINDOW)
+    feed(model, cache, random_ids(45), [1] * 45)
+    cache.activate_past_recording()
+    feed(model, cache, random_ids(25, seed=8), [1] * 25)
+    cache.crop(-25)
+    assert cache._base[0] > cache.num_tokens_seen == 45
+    assert_goes_on_alike(model, cache, tmp_path / "cache")
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_next", "lfm2", "bamba", "falcon_h1"])
 def test_recurrent_states(tmp_path, model_type):
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
