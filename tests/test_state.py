@@ -277,7 +277,7 @@ def widen(numbers, tensors):
         (set_to("num_sink_tokens", 3), r"\[1, 2, 2, 8\] in the file, and torch.float32 \[1, 2, 3, 8\] here"),
         (set_to("num_seen", [5, 6]), "can't be"),
         (set_to("num_seen", [-5]), "can't be"),
-        (set_to("base", [50]), "can't be"),
+        (set_to("base", [-1]), "can't be"),
         (set_to("states", "layers.0.keys", "sinks_are_at", [-1]), "is like layers.0.keys here"),
         (set_to("states", "layers.0.keys", {}), "is like layers.0.keys here"),
         (set_to("states", []), "does not say states"),
