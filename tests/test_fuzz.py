@@ -275,6 +275,8 @@ class CacheMachine(RuleBasedStateMachine):
         stream = self.streams[stream % len(self.streams)]
         if stream.was_interrupted:
             return  # a pass that was prepared, and is still expected
+        if self.is_ordered and stream.num_gone_by:
+            return  # before the cache is asked, the model makes a bias for each of a billion tokens
         operations["unprepared"] += 1
         self.begin(stream, 1)
         ids, _ = self.tokens(stream, [num] * len(stream.rows))
