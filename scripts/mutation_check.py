@@ -45,11 +45,12 @@ TESTS = [
         "tests/test_cache.py::test_roll_back_over_several_passes_and_a_rebase",
         "tests/test_generate.py::test_the_longest_row_may_be_another_one_after_a_turn",
     ],
+    ["tests/test_rotation.py", "tests/test_invariants.py"],
     ["tests/test_cache.py"],
-    ["tests/test_families.py", "-k", "(qwen2-half-sliding or mistral-long or gpt-j or dynamic or every_shape) and not oracle_notices"],
-    ["tests/test_fuzz.py"],
-    ["tests/test_cache.py", "tests/test_rotation.py", "tests/test_invariants.py", "tests/test_errors.py", "tests/test_memory.py"],
     ["tests/test_generate.py"],
+    ["tests/test_families.py", "-k", "(qwen2-half-sliding or mistral-long or gpt-j or dynamic or every_shape) and not oracle_notices"],
+    ["tests/test_errors.py", "tests/test_memory.py", "tests/test_state.py"],
+    ["tests/test_fuzz.py"],
     ["tests/test_families.py", "tests/test_static.py", "-m", "not also_eager"],
 ]  # fmt: skip
 
