@@ -247,6 +247,7 @@ MUTATIONS = {
 # Changes that no test can notice: name -> why.
 EQUIVALENT = {
     "rotation: the wrong way": "both directions are tried, and the one that explains the model is found under the other name",
+    "rotation: angle of the difference": "the difference of two rounded angles is rounded as well: up to half a unit in the last place, or up to one",
     "step: copies of the sinks, one less": "it is told to nobody: a pass of this kind has a mask of its own, which has its length",
     "mask: padding sees nothing": "from torch 2.5 on, what attends to nothing is 0, and padding is not looked at; before, it is NaN",
     "mask: padding does not see itself": "as above",
