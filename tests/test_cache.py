@@ -131,6 +131,42 @@ def test_operations_on_a_batch_of_rows_of_different_lengths(model, lengths):
         assert_same(logits[row : row + 1], expected)
 
 
+@pytest.mark.parametrize("num_seen_after", [2, 30])
+def test_sinks_that_moved_and_sinks_that_are_new_change_places(num_seen_after):
+    """A row whose sinks have moved long ago, and one that is about to get its own."""
+    model, prompts = build_model("llama"), [random_ids(20, seed=2), random_ids(2, seed=3)]
+    cache, (ids, mask) = new_cache(model), left_padded(prompts)
+    feed(model, cache, ids, [19, 1], mask)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    rest = random_ids(num_seen_after, seed=4)
+    logits = feed(model, cache, rest.expand(2, -1), [1] * num_seen_after)
+    for row, prompt in enumerate(prompts[::-1]):
+        expected = oracle_logits(model, torch.cat([prompt, rest], 1), WINDOW_LENGTH, NUM_SINK_TOKENS)[:, prompt.shape[1] :]
+        assert_same(logits[row : row + 1], expected)
+
+
+def test_rows_that_have_seen_as_much_may_stand_at_different_positions():
+    """Their positions were lowered at different times. Would catch rows that are taken for alike."""
+    model, streams = build_model("llama"), random_ids(70, num_rows=2)
+    cache, (ids, mask) = new_cache(model), left_padded([streams[:1, :40], streams[1:, :9]])
+    feed(model, cache, ids, [40], mask)
+    ids, mask = left_padded([streams[:1, 40:45], streams[1:, 9:45]])
+    feed(model, cache, ids, [36], mask)
+    assert cache.num_tokens_seen_by_row == [45, 45] and cache._base[0] != cache._base[1]
+    logits = feed(model, cache, streams[:, 45:], [1] * 15 + [10])
+    for row, stream in enumerate(streams):
+        assert_same(logits[row : row + 1], oracle_logits(model, stream[None], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 45:])
+
+
+def test_a_native_window_of_the_same_length_stays_as_it_is():
+    """The model was trained so: no sinks."""
+    model, streams = build_model("mistral-long-window", sliding_window=WINDOW_LENGTH), random_ids(50)
+    logits = feed(model, new_cache(model), streams, [10] + [1] * 20 + [20])
+    assert_same(logits, oracle_logits(model, streams, WINDOW_LENGTH, NUM_SINK_TOKENS))
+    with torch.no_grad():
+        assert_same(logits, model(streams).logits)
+
+
 @pytest.mark.parametrize("num_seen", FILL_LEVELS)
 def test_reset_makes_it_new(model, num_seen):
     cache, _ = filled(model, num_seen, num_rows=2)
@@ -163,6 +199,30 @@ def test_roll_back_over_several_passes_and_a_rebase(model):
     assert cache._base != [0]
     cache.crop(-5)
     assert_goes_on(model, cache, streams, num_seen)
+
+
+@pytest.mark.parametrize("sizes", [[12], [1] * 14, [5] * 3, [12, 12]], ids=str)
+def test_roll_back_of_more_than_the_ring_holds(sizes):
+    """Slots that were overwritten twice are put back in the right order; and so are the ids."""
+    model, num_seen = build_model("llama"), 50
+    cache, streams = filled(model, num_seen)
+    known = cache.known_token_ids(0)
+    cache.activate_past_recording()
+    feed(model, cache, random_ids(sum(sizes), seed=78), sizes)
+    cache.crop(-sum(sizes))
+    assert all(ids.equal(before) for ids, before in zip(cache.known_token_ids(0), known, strict=True))
+    assert_goes_on(model, cache, streams, num_seen)
+
+
+def test_a_pass_that_is_longer_than_the_ring_can_not_be_taken_back():
+    """By one token: the first of it has not been held at any time."""
+    model = build_model("llama")
+    cache, streams = filled(model, 50)
+    cache.activate_past_recording()
+    feed(model, cache, streams[:, 50:63], [13])
+    with pytest.raises(ValueError, match="the last 0 evicted was recorded"):
+        cache.crop(-1)
+    assert_goes_on(model, cache, streams, 63)
 
 
 def test_roll_back_of_rows_of_different_lengths(model):
