@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
 from families import EAGER_ONLY, TRANSFORMERS, build_model, first_served
-from generate import MODELS_ASK_FOR_QUERY_OFFSET, SinkCache, Step, Window, generate
+from generate import MODELS_ASK_FOR_QUERY_OFFSET, Cursor, SinkCache, Step, Window, generate
 from oracle import oracle_logits
 from packaging.version import Version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -62,6 +62,15 @@ def test_no_slot_is_written_twice_in_a_pass(num_seen):
     step = Step(Window(16, 4), num_seen, [40] * num_rows, 40, [0] * num_rows, torch.device("cpu"), is_ordered=False)
     rows, slots, _ = step.written(num_rows)
     assert len(set(zip(rows.tolist(), slots.tolist()))) == len(slots) == (12 if num_seen == [50] else 13 + 12)
+
+
+def test_no_slot_is_written_twice_in_a_compiled_pass():
+    """The same: sinks are written together with the token, which may be one of them."""
+    cursor = Cursor(Window(16, 4), 2, torch.bool, torch.device("cpu"))
+    for num_seen in [0, 0], [2, 3], [3, 20], [4, 5], [1, 1], [40, 41]:
+        cursor.move(num_seen)
+        for row, seen in zip(cursor.slots.tolist(), num_seen):
+            assert len(set(row)) == 5 and row[-1] == Window(16, 4).slot(seen)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
