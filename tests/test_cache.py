@@ -154,14 +154,17 @@ def test_sinks_that_moved_and_sinks_that_are_new_change_places(num_seen_after):
         assert_same(logits[row : row + 1], expected)
 
 
-def test_rows_that_have_seen_as_much_may_stand_at_different_positions():
-    """Their positions were lowered at different times. Would catch rows that are taken for alike."""
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_rows_that_have_seen_as_much_may_stand_at_different_positions(order):
+    """Their positions were lowered at different times. Would catch rows that are taken for alike, and for another."""
     model, streams = build_model("llama"), random_ids(70, num_rows=2)
     cache, (ids, mask) = new_cache(model), left_padded([streams[:1, :40], streams[1:, :9]])
     feed(model, cache, ids, [40], mask)
     ids, mask = left_padded([streams[:1, 40:45], streams[1:, 9:45]])
     feed(model, cache, ids, [36], mask)
     assert cache.num_tokens_seen_by_row == [45, 45] and cache._base[0] != cache._base[1]
+    cache.reorder_cache(torch.tensor(order))
+    streams = streams[order]
     logits = feed(model, cache, streams[:, 45:], [1] * 15 + [10])
     for row, stream in enumerate(streams):
         assert_same(logits[row : row + 1], oracle_logits(model, stream[None], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 45:])
@@ -183,6 +186,24 @@ def test_reset_makes_it_new(model, num_seen):
     assert cache.num_tokens_seen == cache.num_bytes_held == 0 and cache.batch_size == -1
     streams = random_ids(60, seed=6)
     assert_goes_on(model, cache, streams, 0)
+
+
+def test_after_a_reset_a_model_may_prepare_passes_itself():
+    """Positions begin anew, too."""
+    model, streams = build_model("llama"), random_ids(60)
+    cache = new_cache(model)
+    feed(model, cache, streams, [20] * 3)
+    cache.reset()
+    with torch.no_grad():
+        logits = model(streams[:, :WINDOW_LENGTH], past_key_values=cache).logits
+    assert_same(logits, oracle_logits(model, streams[:, :WINDOW_LENGTH], WINDOW_LENGTH, NUM_SINK_TOKENS))
+
+
+def test_a_pass_that_would_go_past_the_last_position_begins_at_a_lower_one():
+    """By one, and no longer than what is left from there."""
+    model, streams = build_model("gpt-j", max_position_embeddings=60), random_ids(70)
+    logits = feed(model, new_cache(model), streams, [20, 41, 9])
+    assert_same(logits, feed(model, new_cache(model), streams, [10] * 7))
 
 
 @pytest.mark.parametrize("num_seen", FILL_LEVELS)
@@ -275,6 +296,13 @@ def test_what_was_recorded_is_what_the_row_with_the_fewest_new_tokens_has(model)
         cache.crop(-3)
     cache.crop(-1)
     assert cache.num_tokens_seen_by_row == [53, 50]
+
+
+def test_what_was_not_recorded_of_the_longest_row_is_not_taken_back(model):
+    cache, (ids, mask) = new_cache(model), left_padded([random_ids(60), random_ids(3)])
+    feed(model, cache, ids, [60], mask)
+    with pytest.raises(ValueError, match="last 0 evicted was recorded"):
+        cache.crop(-1)
 
 
 def test_what_was_recorded_of_other_rows_is_not_put_back(model):
