@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, left_padded, random_ids
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
 from families import ORDERED, build_model, first_served
 from generate import History, SinkCache, generate
 from oracle import oracle_logits
@@ -328,6 +328,15 @@ def test_the_longest_row_may_be_another_one_after_a_turn(model):
             assert_logits_follow_the_rules(model, outputs, text.shape[1], row=row, num_padding=num_padding)
             texts[row] = outputs.sequences[row : row + 1, num_padding:]
         assert cache.num_tokens_seen_by_row == [text.shape[1] - 1 for text in texts]
+
+
+def test_of_the_ends_of_a_history_that_fit_the_longest_is_meant(model):
+    """The last tokens of a text are passed, and by chance the first of them is also the last that the cache has seen."""
+    cache, text = SinkCache.from_model(model, **WINDOW), random_ids(45)
+    text[0, 45 - WINDOW_LENGTH] = text[0, 39]
+    feed(model, cache, text[:, :40], [40])
+    generate(text[:, -WINDOW_LENGTH:], model=model, past_key_values=cache, max_new_tokens=1)
+    assert cache.num_tokens_seen == 45
 
 
 @pytest.mark.parametrize("fed_by_hand", [True, False])
