@@ -90,7 +90,7 @@ def test_it_says_what_it_holds(model, num_seen):
     assert cache.get_max_length() == cache.get_max_cache_shape() == WINDOW_LENGTH
     native_window = 6 if model.config.model_type == "gemma3_text" else WINDOW_LENGTH
     assert [cache.get_max_length(layer) for layer in range(4)] == [native_window, WINDOW_LENGTH] * 2
-    assert cache.batch_size == 1 and len(cache.layers) == 4
+    assert cache.batch_size == 1 and len(cache.layers) == 4 and cache.num_bytes_on_host == 0
     expected = f"window_length=16, num_sink_tokens=4, tokens_seen={num_seen}, tokens_held={min(num_seen, 16)}, bytes_held="
     assert expected in repr(cache)
 
