@@ -2410,8 +2410,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
         self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated, at_cursor)
 
     def _check_padding(self, num_seen: list[int], num_new: list[int], num_columns: int) -> None:
-        for row, (seen, new) in enumerate(zip(num_seen, num_new)):
-            if self._traits.is_recurrent and seen > 0 and new < num_columns:
+        for row, (seen, new) in enumerate(zip(num_seen, num_new) if self._traits.is_recurrent else ()):
+            if seen > 0 and new < num_columns:
                 raise ValueError(
                     f"Row {row} of the batch goes on by {new} tokens and another one by {num_columns}: the padding between would change "
                     "its recurrent states as if it were text. With such a model, rows can go on by as many tokens each, or each with a "

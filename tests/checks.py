@@ -1,5 +1,8 @@
 """What the tests have in common: streams of tokens, ways to feed them, and one measure of difference."""
 
+import contextlib
+
+import pytest
 import torch
 from families import VOCAB_SIZE
 from generate import SinkCache
@@ -25,6 +28,21 @@ def feed(model, cache: SinkCache, input_ids: torch.Tensor, sizes: list[int], att
         logits.append(model(**cache.prepare(input_ids[:, columns], mask)).logits)
         start += size
     return torch.cat(logits, dim=1)
+
+
+@contextlib.contextmanager
+def interrupted_at(module: torch.nn.Module):
+    """Ctrl-C when a pass gets there."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = module.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        handle.remove()
 
 
 def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,11 +1,10 @@
 """`SinkCache` as an object: what it says of itself, and every operation at every fill level."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, interrupted_at, left_padded, random_ids
 from families import EAGER_ONLY, TRANSFORMERS, build_model, first_served
 from generate import MODELS_ASK_FOR_QUERY_OFFSET, Cursor, SinkCache, Step, Window, generate
 from oracle import oracle_logits
@@ -244,17 +243,6 @@ def test_roll_back_of_more_than_the_ring_holds(sizes):
     assert_goes_on(model, cache, streams, num_seen)
 
 
-def test_a_pass_that_is_longer_than_the_ring_can_not_be_taken_back():
-    """By one token: the first of it has not been held at any time."""
-    model = build_model("llama")
-    cache, streams = filled(model, 50)
-    cache.activate_past_recording()
-    feed(model, cache, streams[:, 50:63], [13])
-    with pytest.raises(ValueError, match="the last 0 evicted was recorded"):
-        cache.crop(-1)
-    assert_goes_on(model, cache, streams, 63)
-
-
 def test_roll_back_of_rows_of_different_lengths(model):
     prompts = [random_ids(length, seed=length) for length in (3, 20, 60)]
     cache = new_cache(model)
@@ -315,12 +303,14 @@ def test_what_was_recorded_of_other_rows_is_not_put_back(model):
     assert_goes_on(model, cache, streams[1:], 54)
 
 
-def test_crop_refuses_what_it_can_not_restore(model):
-    """Also a pass that is itself longer than a window: what it evicted of its own tokens was never held."""
+@pytest.mark.parametrize("has_native_windows", [True, False])
+def test_crop_refuses_what_it_can_not_restore(model, has_native_windows):
+    """Also a pass that is longer than the ring, and be it by one token: the first of it has not been held at any time."""
+    model = model if has_native_windows else build_model("llama")
     cache, streams = filled(model, 50)
     cache.activate_past_recording()
     feed(model, cache, streams[:, 50:63], [13])
-    with pytest.raises(ValueError, match="recorded"):
+    with pytest.raises(ValueError, match="the last 0 evicted was recorded"):
         cache.crop(-1)
     assert_goes_on(model, cache, streams, 63)
     cache, streams = filled(model, 50)
@@ -352,21 +342,6 @@ def test_the_model_may_prepare_passes_itself_one_token_at_a_time(name, implement
         logits = [model(input_ids[:, :num_first], past_key_values=cache).logits]
         logits += [model(input_ids[:, t : t + 1], past_key_values=cache).logits for t in range(num_first, 80)]
     assert_same(torch.cat(logits, 1), oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS))
-
-
-@contextlib.contextmanager
-def interrupted_at(module: torch.nn.Module):
-    """Ctrl-C when a pass gets there."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    handle = module.register_forward_pre_hook(interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        handle.remove()
 
 
 def test_a_pass_that_is_interrupted_can_be_repeated(model):

@@ -9,7 +9,6 @@ beginning; what branches off goes on with another variant, so that a key of the 
     FUZZ_OPERATIONS=100000 python -m pytest tests/test_fuzz.py -s --hypothesis-seed=1         # long, another one for each seed
 """
 
-import contextlib
 import copy
 import functools
 import math
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 import transformers
-from checks import assert_same, left_padded, random_ids
+from checks import assert_same, interrupted_at, left_padded, random_ids
 from families import EAGER_ONLY, FAMILIES, ORDERED, TRANSFORMERS, build_model, is_refused
 from generate import MIN_SLOTS, MODELS_ASK_FOR_QUERY_OFFSET, NUM_TURNS_AT_ONCE, SinkCache, generate
 from hypothesis import HealthCheck, Phase, settings
@@ -125,10 +124,6 @@ class Stream:
 
     def says(self) -> tuple:
         return repr(self.cache), self.cache.num_tokens_seen_by_row, list(self.cache._base), self.cache.batch_size
-
-
-class Interrupted(Exception):
-    pass
 
 
 STREAM = st.integers(0, MAX_STREAMS - 1)
@@ -535,22 +530,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     # What goes wrong
 
-    @contextlib.contextmanager
     def interruption(self, layer: int):
-        """An error before this layer; behind the last one if it is none."""
-
-        def interrupt(*_):
-            raise Interrupted
-
+        """Before this layer; behind the last one if it is none."""
         layers = next(m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == len(self.windows))
-        handle = (layers[layer] if layer < len(layers) else self.model.get_output_embeddings()).register_forward_pre_hook(
-            interrupt
-        )
-        try:
-            with pytest.raises(Interrupted):
-                yield
-        finally:
-            handle.remove()
+        return interrupted_at(layers[layer] if layer < len(layers) else self.model.get_output_embeddings())
 
     @rule(stream=STREAM, num_rows=st.integers(1, 3), counts=COUNTS, layer=st.integers(0, 3), offset=st.integers(0, 1))
     @torch.no_grad()

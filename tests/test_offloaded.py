@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, interrupted_at, left_padded, random_ids
 from families import EAGER_ONLY, ORDERED, build_model, first_served
 from generate import OFFLOADED, OffloadedStates, SinkCache, generate
 from oracle import oracle_logits
@@ -120,10 +120,8 @@ def test_roll_back_of_rows_of_different_lengths(model, sizes):
 def test_an_interrupted_pass_can_be_repeated(model):
     cache, ids = new_cache(model), random_ids(60)
     feed(model, cache, ids[:, :40], [40])
-    handle = model.model.layers[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(model.model.layers[2]):
         feed(model, cache, ids[:, 40:41], [1])
-    handle.remove()
     expected = oracle_logits(model, ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 40:]
     assert_same(feed(model, cache, ids[:, 40:], [1] * 20), expected)
 

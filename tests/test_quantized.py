@@ -9,7 +9,7 @@ import importlib.util
 
 import pytest
 import torch
-from checks import assert_same, feed, left_padded, random_ids
+from checks import assert_same, feed, interrupted_at, left_padded, random_ids
 from families import build_model
 from generate import Quantization, SinkCache, generate
 from oracle import TOLERANCE, oracle_logits
@@ -311,25 +311,20 @@ def test_a_deep_copy_goes_on_by_itself(model):
     assert_as_reference(model, cache, feed_on(model, cache, ids, [1] * 60 + [20], passes), ids, passes[0])
 
 
-def interrupt(model, cache: SinkCache, ids: torch.Tensor) -> None:
-    handle = model.model.layers[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        feed(model, cache, ids, [ids.shape[1]])
-    handle.remove()
-
-
 def test_an_interrupted_pass(model):
     """Over one token, at which a block is quantized, it can be repeated; over several it can't: they took the room of others, also
     while the window is filling."""
     ids, cache, passes = random_ids(100), new_cache(model), [[]]
     feed_on(model, cache, ids, [18], passes)
     branch = copy.deepcopy(cache)
-    interrupt(model, branch, ids[:, 18:30])
+    with interrupted_at(model.model.layers[2]):
+        feed(model, branch, ids[:, 18:30], [12])
     with pytest.raises(ValueError, match="interrupted"):
         branch.prepare(ids[:, 18:19])
     num_seen = NUM_SINK_TOKENS + RESIDUAL + 7 * BLOCK - 1
     feed_on(model, cache, ids, [num_seen - 18], passes)
-    interrupt(model, cache, ids[:, num_seen : num_seen + 1])
+    with interrupted_at(model.model.layers[2]):
+        feed(model, cache, ids[:, num_seen : num_seen + 1], [1])
     assert_as_reference(model, cache, feed_on(model, cache, ids, [1] * 35, passes), ids, passes[0])
 
 

@@ -6,7 +6,7 @@ capture another one is ours.
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, interrupted_at, left_padded, random_ids
 from families import EAGER_ONLY, FAMILIES, TRANSFORMERS, build_model, is_refused
 from generate import SinkCache, generate
 from oracle import oracle_logits
@@ -221,10 +221,8 @@ def test_an_interrupted_pass_can_be_repeated():
     stream = random_ids(40)
     feed(model, cache, stream[:, :30], [20] + [1] * 10)
     prepared = cache.prepare(stream[:, 30:31])
-    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(model.model.layers[1]):
         model(**prepared)
-    handle.remove()
     assert cache.num_tokens_seen == 30
     logits = feed(model, cache, stream[:, 30:], [1] * 10)
     assert_same(logits, oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 30:])
