@@ -316,12 +316,12 @@ def draw_recall_by_distance(plt, path: Path, rows: list[Row]) -> None:
 
 
 # Name -> the file that it needs, which of its measurements, what rows of one figure have in common, the function that draws them, and
-# the script that measures.
-READ = "model", "text", "text_crc32", "device_name", "num_threads", "batch_size"
+# the script that measures. Where a figure shows no times, it makes no difference which processor measured them, on how many threads.
+TEXT = "model", "text", "dtype", "batch_size"
 FIGURES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Callable, str]] = {
-    "perplexity_by_position": ("evaluate.csv", ("stream",), (*READ, "dtype"), draw_perplexity_by_position, "evaluate"),
+    "perplexity_by_position": ("evaluate.csv", ("stream",), (*TEXT, "text_crc32"), draw_perplexity_by_position, "evaluate"),
     "cost_by_position": ("cost.csv", ("stream",), ("model", "text", "device_name"), draw_cost_by_position, "evaluate"),
-    "recall_by_distance": ("recall.csv", ("recall",), (*CONDITIONS, "task", "text"), draw_recall_by_distance, "stream_eval"),
+    "recall_by_distance": ("recall.csv", ("recall",), (*TEXT, "task"), draw_recall_by_distance, "stream_eval"),
     "time_by_position": ("benchmark.csv", ("stream",), (*CONDITIONS, "window_length"), draw_time_by_position, "benchmark"),
     "memory_by_position": ("benchmark.csv", ("stream",), (*CONDITIONS, "window_length"), draw_memory_by_position, "benchmark"),
     "time_by_window": ("benchmark.csv", ("decode", "limit"), CONDITIONS, draw_time_by_window, "benchmark"),

@@ -179,6 +179,13 @@ def test_figures_of_different_conditions_have_names_of_their_own():
     assert [*plot.groups(rows, ("model", "dtype"))] == ["-dtype_float32", "-dtype_bf_16"]
 
 
+def test_a_text_read_on_other_processors_is_one_figure():
+    for name, column in (("perplexity_by_position", "num_threads"), ("recall_by_distance", "device_name")):
+        file_name, _, columns, *_ = plot.FIGURES[name]
+        row = next(csv.DictReader((ROOT / "results" / file_name).open(encoding="utf-8")))
+        assert [*plot.groups([row, row | {column: "other"}], columns)] == [""]
+
+
 def test_labels_stand_apart_and_near():
     assert plot.apart([0, 10, 20], 5) == [0, 10, 20]
     assert plot.apart([0, 10, 10, 10], 4) == [0, 6, 10, 14]
