@@ -426,6 +426,7 @@ class ModelTraits:
         is_ordered: scores depend on the order in which keys are handed out (ALiBi), and keys do not depend on positions.
         is_recurrent: there are recurrent or convolutional states.
         noted_layers: those of them that say when a pass has reached them (`NotesRecurrentLayers`).
+        is_chunked: layers attend within chunks of the text (Llama 4), of which the window is a part of one.
         layer_types: one name a layer, where the model takes one mask for each type of layer. Else None.
         has_old_masks: `_makes_masks_itself`.
     """
@@ -436,12 +437,14 @@ class ModelTraits:
     is_ordered: bool
     is_recurrent: bool
     noted_layers: frozenset[int]
+    is_chunked: bool
     layer_types: tuple[str, ...] | None
     has_old_masks: bool
 
     @functools.cached_property
-    def has_native_windows(self) -> bool:
-        return any(layer is not None and layer.native_window is not None for layer in self.layers)
+    def has_local_attention(self) -> bool:
+        """The model's own masks of some layers hide what is far behind a query."""
+        return self.is_chunked or any(layer is not None and layer.native_window is not None for layer in self.layers)
 
 
 # How far keys may be from a rotation that explains them: what rounding does, relative to the length of a pair. In float32 it is that of
@@ -494,7 +497,8 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     probe.check_length("keep_window_size", "from there on it chooses among its keys")  # Doge
     if not has_rotation:
         probe.check_length("max_seq_len", "its position biases end there")  # MPT
-    layer_types = None if probe.has_old_masks else getattr(probe.config, "layer_types", None)
+    if probe.is_chunked:
+        probe.check_length("attention_chunk_size", "its layers attend within chunks of that length")
     return ModelTraits(
         layers=layers,
         turns_at=probe.turns_at,
@@ -502,7 +506,8 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
         is_ordered=not has_rotation and not probe.is_recurrent,
         is_recurrent=probe.is_recurrent,
         noted_layers=noted_layers,
-        layer_types=tuple(layer_types) if layer_types else None,
+        is_chunked=probe.is_chunked,
+        layer_types=None if probe.has_old_masks else probe.layer_types,
         has_old_masks=probe.has_old_masks,
     )
 
@@ -524,17 +529,18 @@ class Probe:
         _check_is_decoder(model)
         self.device = _input_device(model)
         self.config = model.config.get_text_config(decoder=True)
-        has_chunks = getattr(self.config, "attention_chunk_size", None)  # without layer types, before 4.53
-        if has_chunks or "chunked_attention" in (getattr(self.config, "layer_types", None) or ()):
-            raise self._refusal("its layers with chunked attention need masks of another kind")
         self.has_old_masks = _makes_masks_itself(model)
+        if self.has_old_masks and getattr(self.config, "attention_chunk_size", None):
+            raise self._refusal("its layers with chunked attention take no masks. With transformers 4.53 or newer they do")
+        self.layer_types = tuple(getattr(self.config, "layer_types", None) or ()) or None
+        self.is_chunked = CHUNKED in (self.layer_types or ())
         if self.has_old_masks and any(getattr(module, "is_sliding", False) for module in model.modules()):
             raise self._refusal("its layers change the mask they are given. With transformers 4.53 or newer they don't")
         self.accepted = inspect.signature(model.forward).parameters
         self.num_positions = _num_positions(model, self.config) if "position_ids" in self.accepted else None
         if self.num_positions is not None and 2 * window_length > self.num_positions:
             raise ValueError(
-                f"window_length={window_length} is too long for {self.name}: its position embedding changes or ends at position "
+                f"window_length={window_length} is too long for {self.name}: what it computes of positions changes or ends at position "
                 f"{self.num_positions}, and the cache needs positions up to twice the window. Use a window_length of at most "
                 f"{self.num_positions // 2}."
             )
@@ -673,7 +679,7 @@ class Probe:
 
     def _native_window(self, index: int, layer) -> int | str | None:
         """The sliding window of a layer of the model's own cache: None for full attention, `NO_KEYS` for a layer without keys."""
-        if type(layer) in FULL_ATTENTION:
+        if type(layer) in FULL_ATTENTION or self.is_chunked and self.layer_types[index] == CHUNKED:
             return None
         if type(layer) in SLIDING_ATTENTION:
             return layer.sliding_window
@@ -700,6 +706,8 @@ def _check_is_decoder(model: torch.nn.Module) -> None:
 
 # In place of the length of a native window.
 NO_KEYS = "no keys"
+# The type of layers that attend within chunks of the text.
+CHUNKED = "chunked_attention"
 # Under which names models with recurrent layers look for the masks of those that see all, of those with a native window, and of those
 # that have to know only what is padding.
 FULL_MASKS, SLIDING_MASKS, PADDING_MASKS = (
@@ -737,6 +745,8 @@ def _num_positions(model: torch.nn.Module, config) -> int | None:
             limits += originals
     if parameters.get("llama_4_scaling_beta"):  # Ministral 3: queries are scaled from there on
         limits += originals
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4, likewise
+        limits.append(config.floor_scale - 1)
     if not any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
         limits.append(getattr(config, "max_position_embeddings", None))  # tables of that length
     return min((limit for limit in limits if limit is not None), default=None)
@@ -2027,11 +2037,18 @@ class SinkCache(NotesRecurrentLayers, Cache):
         """Those of `num_bytes_held` that are offloaded."""
         return sum(states.num_bytes_on_host for states in self._states)
 
-    def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
-        """Tokens seen, as for every cache of transformers: what `generate` continues from."""
+    def get_seq_length(self, layer_idx: int | None = None, *args, **kwargs) -> int:
+        """Tokens seen, as for every cache of transformers: what `generate` continues from.
+
+        For a layer that asks in the middle of a prepared pass, the position of its first column: Llama 4 scales queries by it.
+        """
         if self._is_at_cursor and is_torchdynamo_compiling():
             # The slots before the query: a graph takes numbers for constants, and has been given its positions.
             return self.window_length - 1
+        current = self._pass
+        if layer_idx is not None and current is not None and self._done_at_cursor is None:
+            last = max(after - start for after, start in zip(current.num_seen_after, self._base))
+            return max(last - current.num_columns, 0)
         return self.num_tokens_seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -2227,7 +2244,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         inputs |= {"past_key_values": self, "use_cache": True, "attention_mask": self._attention_mask(tokens.device)}
         if "position_ids" in self._accepted:
             inputs["position_ids"] = self._position_ids(tokens.device)
-        if self._is_at_cursor and "cache_position" in self._accepted:
+        if "cache_position" in self._accepted and (self._is_at_cursor or self._traits.is_chunked):
             inputs["cache_position"] = inputs["position_ids"][0]  # else the model makes it of numbers
         return inputs
 
@@ -2297,8 +2314,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
             reason = f"{num_columns} tokens at once go past the window of {length}, and need a mask of their own"
         elif self._traits.is_ordered:
             reason = "the scores of this model depend on the order of the keys, which it takes from the mask"
-        elif self._traits.has_native_windows and not MODELS_ASK_FOR_QUERY_OFFSET:
-            reason = "this release of transformers makes a mask for layers with native windows that does not fit to the cache"
+        elif self._traits.has_local_attention and not MODELS_ASK_FOR_QUERY_OFFSET:
+            reason = "this release of transformers makes a mask for layers with native windows or chunks that does not fit to the cache"
         elif self._traits.is_recurrent:
             reason = "the recurrent layers of this model are told by `prepare` what is padding, and positions by nobody else"
         elif any(self._base):
@@ -2377,7 +2394,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         back = self._positions_back(num_seen, num_seen_after, base) if is_prepared else [0] * len(base)
         base = [start + amount for start, amount in zip(base, back)]
         limit = self._traits.num_positions
-        if limit is not None and max(after - start for after, start in zip(num_seen_after, base)) > limit:
+        if limit is not None and max(num_columns, *(after - start for after, start in zip(num_seen_after, base))) > limit:
             raise ValueError(f"{num_columns} tokens at once go past the {limit} positions of this model. Feed fewer at once.")
 
         self.unseen_token_ids = None
@@ -2500,8 +2517,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
             makes_none &= (
                 getattr(self._config, "sliding_window", None) is None
             )  # else one of the whole text, even if it is not used
-            return self._config._attn_implementation == "sdpa" and makes_none and not self._traits.has_native_windows
-        return MODELS_ASK_FOR_QUERY_OFFSET or not self._traits.has_native_windows
+            return self._config._attn_implementation == "sdpa" and makes_none and not self._traits.has_local_attention
+        return MODELS_ASK_FOR_QUERY_OFFSET or not self._traits.has_local_attention
 
     def _padding(self, device: torch.device) -> torch.Tensor | None:
         """The mask of the columns of this pass, `[batch, num_columns]`; None if none is padding."""

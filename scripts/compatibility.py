@@ -52,6 +52,8 @@ def describe(traits) -> str:
         words.append("in a latent cache")
     if any(layer.native_window is not None for layer in layers):
         words.append("sliding windows")
+    if traits.is_chunked:
+        words.append("chunks")
     if len({rotation.fingerprint for layer in layers for rotation in layer.rotations if not rotation.is_identity}) > 1:
         words.append("several tables")
     if traits.is_recurrent:
@@ -70,7 +72,6 @@ def reason_of(message: str) -> str:
         ("split into passes", "logits depend on how a text is split into passes (transformers' Mamba 1)"),
         ("where a text stands", "scores depend on the position itself"),
         ("order in which keys", "recurrent states and scores by the order of keys"),
-        ("chunked attention", "chunked attention"),
         ("another kind of state", "a kind of cache layer that can't be bounded"),
         ("a first look", "own cache class, or inputs of its own"),
         ("different lengths", "layers with different windows share one mask"),

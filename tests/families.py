@@ -128,6 +128,18 @@ FAMILIES = {
     "bloom": ("BloomConfig", {"n_layer": 3, "n_head": 4}),
     "mpt": ("MptConfig", {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2}),
     "nanochat": ("NanoChatConfig", {"head_dim": 8}),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 8,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 16,  # just as long as the window of most tests
+            "floor_scale": 82,  # queries are scaled from the 82nd token on
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+        },
+    ),
 }
 EAGER_ONLY = {"gemma2", "gemma2-long-window", "gpt-j", "gpt-oss", "bloom", "mpt"}
 # Refused before that release of transformers: (release, reason).
@@ -135,6 +147,7 @@ REFUSED_BEFORE = {
     "gemma2": ("4.53", "change the mask"),
     "gemma2-long-window": ("4.53", "change the mask"),
     "gemma3": ("4.53", "change the mask"),
+    "llama4": ("4.53", "chunked attention"),
     "mpt": ("4.54", "a first look"),
 }
 # Scores depend on the order of keys: a pass of several tokens can't go past the window.

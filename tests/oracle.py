@@ -5,7 +5,8 @@ model itself computes when it runs them at those positions. Token by token: for 
 d .. d+S-1, d = t-W+1, in a fresh cache; their keys and values are put in front of the last W-S-1 stored ones; and token t is run
 at position t on that. The keys of the window are never touched, and no rotation is computed here.
 
-A layer with a native window of at most W sees its last tokens only, and no sinks. A recurrent state goes on from token to token.
+A layer with a native window of at most W sees its last tokens only, and no sinks; one that attends within chunks sees all, as long as
+W tokens fit into a chunk. A recurrent state goes on from token to token.
 Each token gets a cache of transformers' own layers, so the model makes its masks by itself; but before 5.16, where it can't for
 caches with native windows, it is given one in which all that is cached is visible.
 """
@@ -24,7 +25,7 @@ MODELS_ASK_FOR_QUERY_OFFSET = hasattr(Cache, "get_query_offset")  # since 5.16
 
 
 def native_windows(model, window_length: int) -> list[int | None]:
-    """The native window of each layer, None for full attention and for those that are longer than the window."""
+    """The native window of each layer, None for full attention, for chunks and for windows that are longer than the window."""
     config = model.config.get_text_config(decoder=True)
     if HAS_LAYERS_BY_CONFIG:
         lengths = [getattr(layer, "sliding_window", None) for layer in own_cache(config).layers]
@@ -32,7 +33,11 @@ def native_windows(model, window_length: int) -> list[int | None]:
         is_sliding = [kind == "sliding_attention" for kind in layer_types_of(config) or ()]
         length = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         lengths = [length if sliding else None for sliding in is_sliding or [True] * config.num_hidden_layers]
-    return [None if length is None or length > window_length else length for length in lengths]
+    is_chunked = [kind == "chunked_attention" for kind in layer_types_of(config) or [None] * len(lengths)]
+    assert not any(is_chunked) or window_length <= config.attention_chunk_size
+    return [
+        None if chunked or length is None or length > window_length else length for length, chunked in zip(lengths, is_chunked)
+    ]
 
 
 def layer_types_of(config) -> list[str] | None:

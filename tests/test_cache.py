@@ -322,20 +322,20 @@ def test_crop_refuses_what_it_can_not_restore(model, has_native_windows):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-j", "cohere", "mistral-short-window", "mistral-long-window"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-j", "cohere", "mistral-short-window", "mistral-long-window", "llama4"])
 def test_the_model_may_prepare_passes_itself_one_token_at_a_time(name, implementation):
     """`model(ids, past_key_values=cache)` as in the older documentation: any family whose scores don't depend on the order.
 
-    Where models can't learn from the cache where their queries stand, they would hide keys behind a native window: refused.
+    Where models can't learn from the cache where their queries stand, they would hide keys behind a native window or chunk: refused.
     """
     if name in EAGER_ONLY and implementation != "eager":
         pytest.skip("no such attention")
     model, input_ids = build_model(name, implementation), random_ids()
-    has_native_windows = name in ("gemma3", "mistral-short-window", "mistral-long-window")
-    num_first = 6 if has_native_windows else WINDOW_LENGTH
+    has_local_attention = name in ("gemma3", "mistral-short-window", "mistral-long-window", "llama4")
+    num_first = 6 if has_local_attention else WINDOW_LENGTH
     cache = new_cache(model)
-    if has_native_windows and not MODELS_ASK_FOR_QUERY_OFFSET:
-        with pytest.raises(ValueError, match="native windows that does not fit"):
+    if has_local_attention and not MODELS_ASK_FOR_QUERY_OFFSET:
+        with pytest.raises(ValueError, match="native windows or chunks that does not fit"):
             model(input_ids[:, :num_first], past_key_values=cache)
         return
     with torch.no_grad():

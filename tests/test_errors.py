@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 import transformers
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, random_ids
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, left_padded, random_ids
 from families import TRANSFORMERS, build_model
 from generate import CACHE_OPTIONS, UNSUPPORTED_OPTIONS, SinkCache, generate
 from packaging import version
@@ -263,9 +263,8 @@ def test_what_prepare_returned_must_be_what_the_model_gets(model):
                                 word_embed_proj_dim=32), "absolute or learned position"),
         (lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=97, state_size=4), "Mamba"),
         (lambda: zoo_config("jamba"), "how a text is split into passes|Mamba kernels"),
-        (lambda: zoo_config("llama4_text"), "chunked attention"),
     ],
-    ids=["gpt2", "opt", "mamba", "jamba", "llama4"],
+    ids=["gpt2", "opt", "mamba", "jamba"],
 )  # fmt: skip
 def test_models_for_which_the_rules_can_not_be_kept(config, message):
     try:
@@ -298,6 +297,8 @@ def test_encoder_decoder_models():
         ("gpt-j", {"max_position_embeddings": 31}),
         ("llama-dynamic", {"max_position_embeddings": 31}),
         ("mpt", {"max_seq_len": 15}),
+        ("llama4", {"attention_chunk_size": 15}),
+        ("llama4", {"floor_scale": 32}),
     ],
 )
 def test_a_window_that_the_positions_of_the_model_do_not_reach(name, overrides):
@@ -305,6 +306,17 @@ def test_a_window_that_the_positions_of_the_model_do_not_reach(name, overrides):
     with pytest.raises(ValueError, match="window_length=16 is too long"):
         generate(random_ids(5), model=model, **WINDOW)
     generate(random_ids(40), model=model, window_length=15, max_new_tokens=20, do_sample=False)
+
+
+@pytest.mark.parametrize("num_tokens", [33, 5])
+def test_a_pass_that_is_longer_than_the_positions_of_the_model(num_tokens):
+    """In tokens or in columns: Llama 4 scales its queries by the number of the column."""
+    model = build_model("llama4", floor_scale=33)
+    cache = SinkCache.from_model(model, **WINDOW)
+    ids, mask = left_padded([random_ids(33), random_ids(33)[:, :num_tokens]])
+    with pytest.raises(ValueError, match="33 tokens at once go past the 32 positions of this model. Feed fewer at once"):
+        cache.prepare(ids[1:], mask[1:])
+    assert not cache.is_initialized
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention"])

@@ -62,9 +62,10 @@ MODELS = [
     ("qwen2-half-sliding", ONE_OF_EACH),
     ("mistral-short-window", TWO_LAYERS),
     ("mistral-long-window", {"num_hidden_layers": 2, "sliding_window": 14}),
+    ("llama4", {"num_hidden_layers": 2, "attention_chunk_size": 24, "floor_scale": 10_000}),
 ]
-# Where frequencies change or tables end: soon, but not for the oracle.
-NUM_POSITIONS = dict.fromkeys(("gpt-j", "llama-dynamic"), {"max_position_embeddings": 60})
+# Where frequencies change, tables end or queries are scaled: soon, but not for the oracle.
+NUM_POSITIONS = dict.fromkeys(("gpt-j", "llama-dynamic"), {"max_position_embeddings": 60}) | {"llama4": {"floor_scale": 61}}
 MODELS = [(name, overrides) for name, overrides in MODELS if hasattr(transformers, FAMILIES[name][0]) and not is_refused(name)]
 RECURRENT = ("lfm2", "granitemoehybrid") if TRANSFORMERS >= Version(ZOO_RELEASE) else ()
 MODELS += [(name, {}) for name in RECURRENT]
@@ -281,7 +282,7 @@ class CacheMachine(RuleBasedStateMachine):
             or (num > 1 and last > min(*self.windows, self.window_length))
             or self.is_ordered
             or self.is_recurrent
-            or (self.has_native_windows and not MODELS_ASK_FOR_QUERY_OFFSET)
+            or (cache._traits.has_local_attention and not MODELS_ASK_FOR_QUERY_OFFSET)
             or any(cache._base)
             or last > (cache._traits.num_positions or 2**24)
         )

@@ -67,13 +67,15 @@ def test_positions_stay_below_twice_the_window_and_keys_are_turned_once_a_window
     assert turned_at == list(range(2 * WINDOW_LENGTH, 10 * WINDOW_LENGTH, WINDOW_LENGTH))
 
 
-@pytest.mark.parametrize("name", ["phi3-longrope", "llama-dynamic"])
-def test_the_frequencies_of_short_texts_hold_for_ever(name):
-    """RoPE types that change their frequencies with the largest position must never see one so large: the reference is the same
-    model with a limit that its stream does not reach."""
+@pytest.mark.parametrize("name", ["phi3-longrope", "llama-dynamic", "llama4"])
+def test_what_is_computed_for_short_texts_holds_for_ever(name):
+    """RoPE types that change their frequencies with the largest position, and layers that scale queries by it, must never see one so
+    large: the reference is the same model with a limit that its stream does not reach."""
     limit = {"original_max_position_embeddings": 2 * WINDOW_LENGTH}
     if name == "llama-dynamic":
         limited = build_model(name, max_position_embeddings=2 * WINDOW_LENGTH)
+    elif name == "llama4":
+        limited = build_model(name, floor_scale=2 * WINDOW_LENGTH + 1, attn_scale=1.0)
     elif TRANSFORMERS.major < 5:
         pytest.skip("the scale of its scores follows the limit, so there is no reference")
     else:
@@ -83,8 +85,16 @@ def test_the_frequencies_of_short_texts_hold_for_ever(name):
     unlimited.load_state_dict(limited.state_dict())
     input_ids = random_ids()
     expected = oracle_logits(unlimited, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    for sizes in ([16] + [1] * 64, [16, 16, 16, 16, 16]):
+        cache = SinkCache.from_model(limited, WINDOW_LENGTH, NUM_SINK_TOKENS)
+        assert_same(feed(limited, cache, input_ids, sizes), expected)
+    # Rows of 30 and 5 tokens go on by 2 and 20: neither comes to the limit, but 20 columns behind position 30 would.
     cache = SinkCache.from_model(limited, WINDOW_LENGTH, NUM_SINK_TOKENS)
-    assert_same(feed(limited, cache, input_ids, [16] + [1] * 64), expected)
+    for slices in ((slice(0, 30), slice(0, 5)), (slice(30, 32), slice(5, 25))):
+        ids, mask = left_padded([input_ids[:, each] for each in slices])
+        logits = feed(limited, cache, ids, [ids.shape[1]], mask)
+    assert_same(logits[:1, -2:], expected[:, 30:32])
+    assert_same(logits[1:], expected[:, 5:25])
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "tiny"])

@@ -22,6 +22,7 @@ CLASSES = {
     "mistral3": "Mistral3ForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "internvl": "InternVLForConditionalGeneration",
+    "llama4": "Llama4ForConditionalGeneration",
     "paligemma": "PaliGemmaForConditionalGeneration",
 }
 

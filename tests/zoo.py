@@ -114,10 +114,10 @@ SPECIAL: dict[str, dict] = {
     "gpt_neo": {"attention_types": [[["global", "local"], NUM_LAYERS // 2]], "window_size": NATIVE_WINDOW},
     "modernbert-decoder": {"local_attention": 2 * NATIVE_WINDOW},  # counts both sides
     "recurrent_gemma": {"attention_window_size": NATIVE_WINDOW, "block_types": ["recurrent", "attention"]},
-    # Queries that are scaled by their position: from the 33rd on, or beyond the stream of the tests
+    # Queries that are scaled by their position: from the 33rd or 65th on, or beyond the stream of the tests
     "inkling2_text": {"sliding_window_size": NATIVE_WINDOW, "log_scaling_n_floor": 32},
     "inkling_text": {"sliding_window_size": NATIVE_WINDOW, "log_scaling_n_floor": 32},
-    "llama4_text": {"attention_chunk_size": NATIVE_WINDOW, "floor_scale": 33, "no_rope_layer_interval": 2},
+    "llama4_text": {"attention_chunk_size": 20, "floor_scale": 65, "no_rope_layer_interval": 2},
     "ministral3": {
         "rope_parameters": {
             "rope_type": "yarn",
