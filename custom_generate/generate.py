@@ -84,6 +84,7 @@ def _layer_class(name: str) -> type:
 
 DynamicLayer = _layer_class("DynamicLayer")
 DynamicSlidingWindowLayer = _layer_class("DynamicSlidingWindowLayer")
+IndexedLayer = _layer_class("DynamicIndexedLayer")
 LinearAttentionLayer = _layer_class("LinearAttentionLayer")
 DummyLayer = _layer_class("DummyLayer")
 FULL_ATTENTION = DynamicLayer, _layer_class("LinearAttentionAndFullAttentionLayer")
@@ -426,7 +427,8 @@ class ModelTraits:
         is_ordered: scores depend on the order in which keys are handed out (ALiBi), and keys do not depend on positions.
         is_recurrent: there are recurrent or convolutional states.
         noted_layers: those of them that say when a pass has reached them (`NotesRecurrentLayers`).
-        is_chunked: layers attend within chunks of the text (Llama 4), of which the window is a part of one.
+        is_chunked: layers attend within chunks of the text (Llama 4), and the window fits into one.
+        is_indexed: layers choose what they attend to (DeepSeek Sparse Attention), and the window is not more than they may choose.
         layer_types: one name a layer, where the model takes one mask for each type of layer. Else None.
         has_old_masks: `_makes_masks_itself`.
     """
@@ -438,6 +440,7 @@ class ModelTraits:
     is_recurrent: bool
     noted_layers: frozenset[int]
     is_chunked: bool
+    is_indexed: bool
     layer_types: tuple[str, ...] | None
     has_old_masks: bool
 
@@ -499,6 +502,8 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
         probe.check_length("max_seq_len", "its position biases end there")  # MPT
     if probe.is_chunked:
         probe.check_length("attention_chunk_size", "its layers attend within chunks of that length")
+    if probe.is_indexed:
+        probe.check_length("index_topk", "from there on its layers choose among their keys")
     return ModelTraits(
         layers=layers,
         turns_at=probe.turns_at,
@@ -507,7 +512,8 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
         is_recurrent=probe.is_recurrent,
         noted_layers=noted_layers,
         is_chunked=probe.is_chunked,
-        layer_types=None if probe.has_old_masks else probe.layer_types,
+        is_indexed=probe.is_indexed,
+        layer_types=probe.layer_types if probe.takes_masks_by_type else None,
         has_old_masks=probe.has_old_masks,
     )
 
@@ -536,6 +542,10 @@ class Probe:
         self.is_chunked = CHUNKED in (self.layer_types or ())
         if self.has_old_masks and any(getattr(module, "is_sliding", False) for module in model.modules()):
             raise self._refusal("its layers change the mask they are given. With transformers 4.53 or newer they don't")
+        if any(hasattr(module, "_cached_keys") for module in model.modules()):  # GLM MoE DSA, until 5.10
+            raise self._refusal(
+                "its layers hold keys of its own outside of the cache. With transformers 5.11 or newer they don't"
+            )
         self.accepted = inspect.signature(model.forward).parameters
         self.num_positions = _num_positions(model, self.config) if "position_ids" in self.accepted else None
         if self.num_positions is not None and 2 * window_length > self.num_positions:
@@ -550,6 +560,9 @@ class Probe:
             own_layers = _own_layers(self.config)
         self.native_windows = [self._native_window(index, layer) for index, layer in enumerate(own_layers)]
         self.is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in own_layers)
+        self.is_indexed = any(isinstance(layer, IndexedLayer) for layer in own_layers)
+        has_one_type = len(set(self.layer_types or ())) == 1
+        self.takes_masks_by_type = not self.has_old_masks and not (self.is_indexed and has_one_type)  # those not before 5.14
 
         self.positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 3, self.turns_at - 3} - {-1}))
         with self._looking():
@@ -559,9 +572,11 @@ class Probe:
             a, b = vocab_size // 3, 2 * vocab_size // 3
             self.texts = torch.tensor([[a, a, b], [b, b, a], [a, a, (a + b) // 2]])
             # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
-            needs_own = self.is_recurrent or any(isinstance(layer, DummyLayer) for layer in own_layers)
+            needs_own = self.is_recurrent or self.is_indexed or any(isinstance(layer, DummyLayer) for layer in own_layers)
             self.cache = _own_cache(self.config) if needs_own else DynamicCache()
-            self.logits = self._ask(self.cache, slice(0, 3))
+            # Before 5.17, indexers take the position of a query for its slot where they get no mask.
+            causal = _as_mask(torch.ones(1, 1, 3, 3).tril().bool(), model.dtype)
+            self.logits = self._ask(self.cache, slice(0, 3), causal if self.is_indexed and has_one_type else None)
 
     def layers(self) -> tuple[LayerTraits | None, ...]:
         """What there is to know of each layer: how its keys move, and its shapes."""
@@ -628,7 +643,7 @@ class Probe:
         if length is not None and self.window_length > length:
             raise ValueError(f"window_length={self.window_length} is too long for {self.name} ({option}={length}): {reason}.")
 
-    def _ask(self, cache: DynamicCache, columns: slice, masks: dict | None = None) -> torch.Tensor:
+    def _ask(self, cache: DynamicCache, columns: slice, masks: dict | torch.Tensor | None = None) -> torch.Tensor:
         """Logits `[texts * positions, 1 or columns, vocab]` of these columns of the texts, which go into the cache."""
         inputs = {
             "input_ids": self.texts.repeat_interleave(len(self.positions), dim=0)[:, columns],
@@ -683,6 +698,8 @@ class Probe:
             return None
         if type(layer) in SLIDING_ATTENTION:
             return layer.sliding_window
+        if type(layer) is IndexedLayer and hasattr(self.config, "index_topk"):
+            return None
         if type(layer) in (LinearAttentionLayer, DummyLayer):
             return NO_KEYS
         raise self._refusal(f"layer {index} keeps another kind of state ({type(layer).__name__})")
@@ -2259,7 +2276,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         layer = self.layers[layer_idx]
         if self._is_at_cursor:
             keys, values = layer.group.states
-            self._is_at_cursor = layer_idx != self._last_layer
+            self._is_at_cursor, self._kv_length = layer_idx != self._last_layer, layer.group.window.length
             return keys.update_at_cursor(layer.index, key_states), values.update_at_cursor(layer.index, value_states)
         if self._pass is None or self._pass.is_at_cursor or layer_idx in self._pass.layers_done:  # at the cursor, it is done
             self._begin_unprepared(key_states.shape[0], key_states.shape[2])
@@ -2278,10 +2295,19 @@ class SinkCache(NotesRecurrentLayers, Cache):
             )
         keys, values = layer.group.states
         held = keys.update(layer.index, key_states), values.update(layer.index, value_states)
+        self._kv_length = held[0].shape[2]
         current.layers_done.add(layer_idx)
         if len(current.layers_done) == self._num_layers:
             self._finish(current)
         return held
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """What a layer calls behind `update` to choose what it attends to. `[batch, num_columns, dim]` in, `[batch, kv_length, dim]` out.
+
+        It may choose as many keys as the window holds, and so takes all that are visible, whatever they look like to it: none is kept.
+        """
+        batch_size, _, dim = indexer_key_states.shape
+        return indexer_key_states.new_zeros(1).expand(batch_size, self._kv_length, dim)
 
     def _finish(self, finished: "Pass") -> None:
         self._pass = None
@@ -2506,12 +2532,15 @@ class SinkCache(NotesRecurrentLayers, Cache):
         return [self._traits.layer_types[index] for index in group.layers] if self._traits.layer_types else [None]
 
     def _mask_dtype(self, group: LayerGroup) -> torch.dtype:
-        """Whether masks say what is visible, or are added to the scores."""
-        is_bool = self._config._attn_implementation == "sdpa" and not self._traits.has_old_masks
+        """Whether masks say what is visible, or are added to the scores (before 5.17, also by indexers)."""
+        takes_numbers = self._traits.has_old_masks or self._traits.is_indexed
+        is_bool = self._config._attn_implementation == "sdpa" and not takes_numbers
         return torch.bool if is_bool else group.traits.dtype
 
     def _model_makes_this_mask(self) -> bool:
         """Whether the mask that the model makes by itself is right, where each token sees all that is handed out before it."""
+        if self._traits.is_indexed:  # before 5.17, it takes the position of a query for its slot
+            return False
         if self._traits.has_old_masks:  # only if it makes none
             makes_none = self._pass.num_columns == 1 or not any(self._num_seen)
             makes_none &= (
@@ -2617,6 +2646,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         self._batch_size = -1
         self._num_seen, self._base = [0], [0]  # one number for each row, or a single one where all rows are alike
         self._pass: Pass | None = None
+        self._kv_length = 0  # of what was handed out last
         self._is_at_cursor = False  # until the last layer has been through a pass over one token, in static mode
         self.layers_reached: set[int | None] = set()  # by the last pass, of the recurrent ones
         self._token_ids: torch.Tensor | None = None

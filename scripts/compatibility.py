@@ -54,6 +54,8 @@ def describe(traits) -> str:
         words.append("sliding windows")
     if traits.is_chunked:
         words.append("chunks")
+    if traits.is_indexed:
+        words.append("indexers")
     if len({rotation.fingerprint for layer in layers for rotation in layer.rotations if not rotation.is_identity}) > 1:
         words.append("several tables")
     if traits.is_recurrent:

@@ -208,6 +208,8 @@ MUTATIONS = {
     "cache: a layer is told where the longest row began": ("return max(last - current.num_columns, 0)", "return max(seen - start for seen, start in zip(self._num_seen, self._base))"),
     "cache: queries are scaled unnoticed": ("        limits.append(config.floor_scale - 1)\n", "        pass\n"),
     "cache: a window longer than a chunk": ("    if probe.is_chunked:\n", "    if False:\n"),
+    "cache: an indexer chooses among more than it may": ("    if probe.is_indexed:\n", "    if False:\n"),
+    "cache: an indexer is given less than is held": ("expand(batch_size, self._kv_length, dim)", "expand(batch_size, self._kv_length - 1, dim)"),
     "cache: padding stands where it likes": ("positions = positions.clamp(min=0)\n", "pass\n"),
     "cache: a native window longer than ours is kept": ("keeps_native = layer.native_window is not None and layer.native_window <= self.window_length", "keeps_native = layer.native_window is not None"),
     "cache: a native window as long as ours gets sinks": ("layer.native_window <= self.window_length\n", "layer.native_window < self.window_length\n"),

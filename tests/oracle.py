@@ -15,6 +15,8 @@ import copy
 import inspect
 
 import torch
+import transformers
+from packaging import version
 from transformers import Cache, DynamicCache, cache_utils
 
 # Largest difference from the oracle that counts as equal, in standard deviations of the logits.
@@ -22,6 +24,8 @@ TOLERANCE = 1e-3
 
 HAS_LAYERS_BY_CONFIG = "config" in inspect.signature(DynamicCache.__init__).parameters  # since 4.56
 MODELS_ASK_FOR_QUERY_OFFSET = hasattr(Cache, "get_query_offset")  # since 5.16
+# Before, under sdpa they take the position of a query for its place among the keys.
+INDEXERS_MAKE_MASKS = version.parse(transformers.__version__) >= version.parse("5.17")
 
 
 def native_windows(model, window_length: int) -> list[int | None]:
@@ -61,13 +65,23 @@ def new_cache(model, windows: list[int | None]) -> DynamicCache:
     return cache
 
 
-def states_of(cache: DynamicCache, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Keys and values of one layer."""
+def states_of(cache: DynamicCache, index: int) -> tuple[torch.Tensor, ...] | None:
+    """Keys and values of one layer, `[batch, heads, tokens, dim]`, and if there is an indexer, the keys by which it chooses."""
     layers = getattr(cache, "layers", None)
     if layers is None:
         return cache.key_cache[index], cache.value_cache[index]
-    keys = getattr(layers[index], "keys", None)
-    return None if keys is None or not keys.numel() else (keys, layers[index].values)
+    keys, indexer_keys = (getattr(layers[index], name, None) for name in ("keys", "indexer_keys"))
+    if keys is None or not keys.numel():
+        return None
+    return (keys, layers[index].values) + (() if indexer_keys is None else (indexer_keys[:, None],))
+
+
+def put(kept: list[tuple], cache: DynamicCache, index: int) -> None:
+    """States of tokens, of the kind that `states_of` finds, into one layer of a new cache."""
+    keys, values, *indexer_keys = (torch.cat(states, 2) for states in zip(*kept))
+    cache.update(keys, values, index)
+    for states in indexer_keys:
+        cache.update_indexer(states[:, 0], index)
 
 
 def copy_recurrent_states(before: DynamicCache, cache: DynamicCache) -> None:
@@ -119,7 +133,10 @@ def oracle_logits(
     shifts = torch.arange(1, max(input_ids.shape[1] - window_length, 0) + 1) * shift
     sink_cache = new_cache(model, windows)
     if num_sink_tokens and len(shifts):
-        run(first.expand(len(shifts), -1), shifts, sink_cache)
+        mask = None
+        if hasattr(model.config.get_text_config(decoder=True), "index_topk") and not INDEXERS_MAKE_MASKS:
+            mask = torch.full((1, 1, num_sink_tokens, num_sink_tokens), torch.finfo(model.dtype).min).triu(1)
+        run(first.expand(len(shifts), -1), shifts, sink_cache, mask)
 
     logits, cache = [], new_cache(model, windows)
     for token in range(input_ids.shape[1]):
@@ -139,8 +156,8 @@ def oracle_logits(
             else:
                 kept = all_kept
             if kept:
-                cache.update(torch.cat([keys for keys, _ in kept], 2), torch.cat([values for _, values in kept], 2), index)
-            num_kept.append(sum(keys.shape[2] for keys, _ in kept))
+                put(kept, cache, index)
+            num_kept.append(sum(keys.shape[2] for keys, *_ in kept))
         logits.append(
             run(input_ids[:, token : token + 1], torch.tensor([token]), cache, all_visible(num_kept) if needs_mask else None)
         )
@@ -212,8 +229,8 @@ class GrowingOracle:
             if window is None and sinks is not None and sinks[index] is not None:
                 kept = [sinks[index], *kept]
             if kept:
-                cache.update(torch.cat([keys for keys, _ in kept], 2), torch.cat([values for _, values in kept], 2), index)
-            num_kept.append(sum(keys.shape[2] for keys, _ in kept))
+                put(kept, cache, index)
+            num_kept.append(sum(keys.shape[2] for keys, *_ in kept))
         mask = None
         if any(self.windows) and not MODELS_ASK_FOR_QUERY_OFFSET:
             layer_types = layer_types_of(self.model.config.get_text_config(decoder=True))

@@ -322,7 +322,9 @@ def test_crop_refuses_what_it_can_not_restore(model, has_native_windows):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-j", "cohere", "mistral-short-window", "mistral-long-window", "llama4"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", "gpt-j", "cohere", "mistral-short-window", "mistral-long-window", "llama4", "glm-moe-dsa"]
+)
 def test_the_model_may_prepare_passes_itself_one_token_at_a_time(name, implementation):
     """`model(ids, past_key_values=cache)` as in the older documentation: any family whose scores don't depend on the order.
 

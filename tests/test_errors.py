@@ -299,6 +299,7 @@ def test_encoder_decoder_models():
         ("mpt", {"max_seq_len": 15}),
         ("llama4", {"attention_chunk_size": 15}),
         ("llama4", {"floor_scale": 32}),
+        ("glm-moe-dsa", {"index_topk": 15}),
     ],
 )
 def test_a_window_that_the_positions_of_the_model_do_not_reach(name, overrides):
