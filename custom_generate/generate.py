@@ -544,7 +544,7 @@ class Probe:
             raise self._refusal("its layers change the mask they are given. With transformers 4.53 or newer they don't")
         if any(hasattr(module, "_cached_keys") for module in model.modules()):  # GLM MoE DSA, until 5.10
             raise self._refusal(
-                "its layers hold keys of its own outside of the cache. With transformers 5.11 or newer they don't"
+                "its layers hold keys of their own outside of the cache. With transformers 5.11 or newer they don't"
             )
         self.accepted = inspect.signature(model.forward).parameters
         self.num_positions = _num_positions(model, self.config) if "position_ids" in self.accepted else None
@@ -561,8 +561,9 @@ class Probe:
         self.native_windows = [self._native_window(index, layer) for index, layer in enumerate(own_layers)]
         self.is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in own_layers)
         self.is_indexed = any(isinstance(layer, IndexedLayer) for layer in own_layers)
-        has_one_type = len(set(self.layer_types or ())) == 1
-        self.takes_masks_by_type = not self.has_old_masks and not (self.is_indexed and has_one_type)  # those not before 5.14
+        # Indexers take one mask for all layers, and none by type, before 5.14.
+        takes_one_mask = self.is_indexed and len(set(self.layer_types or ())) <= 1
+        self.takes_masks_by_type = not (self.has_old_masks or takes_one_mask)
 
         self.positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 3, self.turns_at - 3} - {-1}))
         with self._looking():
@@ -574,9 +575,9 @@ class Probe:
             # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
             needs_own = self.is_recurrent or self.is_indexed or any(isinstance(layer, DummyLayer) for layer in own_layers)
             self.cache = _own_cache(self.config) if needs_own else DynamicCache()
-            # Before 5.17, indexers take the position of a query for its slot where they get no mask.
-            causal = _as_mask(torch.ones(1, 1, 3, 3).tril().bool(), model.dtype)
-            self.logits = self._ask(self.cache, slice(0, 3), causal if self.is_indexed and has_one_type else None)
+            # Without one, they take the position of a query for its slot, before 5.17.
+            mask = _as_mask(torch.ones(1, 1, 3, 3).tril().bool(), model.dtype) if takes_one_mask else None
+            self.logits = self._ask(self.cache, slice(0, 3), mask)
 
     def layers(self) -> tuple[LayerTraits | None, ...]:
         """What there is to know of each layer: how its keys move, and its shapes."""

@@ -168,7 +168,7 @@ REFUSED_BEFORE = {
     "gemma2": ("4.53", "change the mask"),
     "gemma2-long-window": ("4.53", "change the mask"),
     "gemma3": ("4.53", "change the mask"),
-    "glm-moe-dsa": ("5.11", "keys of its own outside of the cache"),
+    "glm-moe-dsa": ("5.11", "keys of their own outside of the cache"),
     "llama4": ("4.53", "chunked attention"),
     "mpt": ("4.54", "a first look"),
 }
