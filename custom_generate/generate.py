@@ -894,8 +894,10 @@ class Step:
         self.order = window.slot(token.clamp(min=0))
 
     def visible(self) -> torch.Tensor:
-        """What each query sees: bool, `[rows, columns, kv_length]`. Not for passes that are `is_causal`."""
+        """What each query sees: bool, `[rows, columns, kv_length]`."""
         window, device = self.window, self.device
+        if self.is_causal and self.num_columns == 1:
+            return torch.ones(1, 1, self.num_held, dtype=torch.bool, device=device)
         if self.tokens is None:
             self._locate()
         query = self.tokens[:, :, None]
