@@ -425,7 +425,7 @@ class ModelTraits:
         turns_at: the position at which held keys are turned back.
         num_positions: positions from here on are not computed as those below. None: there is no such limit.
         is_ordered: scores depend on the order in which keys are handed out (ALiBi), and keys do not depend on positions.
-        is_recurrent: there are recurrent or convolutional states.
+        recurrent_states: those of each layer that has any, by their names: recurrent or convolutional ones, with no rows.
         noted_layers: those of them that say when a pass has reached them (`NotesRecurrentLayers`).
         is_chunked: layers attend within chunks of the text (Llama 4), and the window fits into one.
         is_indexed: layers choose what they attend to (DeepSeek Sparse Attention), and the window is not more than they may choose.
@@ -437,12 +437,17 @@ class ModelTraits:
     turns_at: int
     num_positions: int | None
     is_ordered: bool
-    is_recurrent: bool
+    recurrent_states: dict[int, dict[str, torch.Tensor]]
     noted_layers: frozenset[int]
     is_chunked: bool
     is_indexed: bool
     layer_types: tuple[str, ...] | None
     has_old_masks: bool
+
+    @property
+    def is_recurrent(self) -> bool:
+        """There are recurrent or convolutional states."""
+        return len(self.recurrent_states) > 0
 
     @functools.cached_property
     def has_local_attention(self) -> bool:
@@ -509,7 +514,7 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
         turns_at=probe.turns_at,
         num_positions=probe.num_positions,
         is_ordered=not has_rotation and not probe.is_recurrent,
-        is_recurrent=probe.is_recurrent,
+        recurrent_states=probe.recurrent_states(),
         noted_layers=noted_layers,
         is_chunked=probe.is_chunked,
         is_indexed=probe.is_indexed,
@@ -599,6 +604,14 @@ class Probe:
             shapes = tuple((each.shape[1], each.shape[3]) for each in states)
             traits.append(LayerTraits(native_window, rotations, shapes, keys.dtype, keys.device))
         return tuple(traits)
+
+    def recurrent_states(self) -> dict[int, dict[str, torch.Tensor]]:
+        """What the layers hold beside keys and values, without the rows."""
+        layers = enumerate(self.cache.layers) if self.is_recurrent else ()
+        layers = {index: layer for index, layer in layers if isinstance(layer, LinearAttentionLayer)}
+        return {
+            index: {name: state[:0].clone() for name, state in _named_states(layer).items()} for index, layer in layers.items()
+        }
 
     def check_that_no_token_sees_later_ones(self) -> None:
         """The first and the last text begin alike."""
@@ -2178,9 +2191,10 @@ class SinkCache(NotesRecurrentLayers, Cache):
                     "a new one with SinkCache.from_model(model, ...)."
                 )
             return
-        if self.is_static and (traits.is_ordered or traits.is_recurrent):
-            reason = "depends on the order of the keys" if traits.is_ordered else "has recurrent states"
-            raise ValueError(f"The static mode can't serve {type(model).__name__}, which {reason}. Leave it out.")
+        if self.is_static and traits.is_ordered:
+            raise ValueError(
+                f"The static mode can't serve {type(model).__name__}, which depends on the order of the keys. Leave it out."
+            )
         windows = [layer and self._window_of(layer) for layer in traits.layers]
         mask_names = traits.layer_types or ["" if window else None for window in windows]
         masks = {(name, window) for name, window in zip(mask_names, windows) if window is not None}
@@ -2220,6 +2234,20 @@ class SinkCache(NotesRecurrentLayers, Cache):
                 else:
                     layers[index] = SinkLayer(group, number, is_sliding)
         self.layers = layers
+
+    def _make_room_for_recurrent(self, batch_size: int) -> None:
+        """In static mode, for all states of that kind: in the place that was made for as many rows before."""
+        recurrent = {index: self.layers[index] for index in self._traits.recurrent_states}
+        rows = {len(state) for layer in recurrent.values() for state in _named_states(layer).values()}
+        if rows == {batch_size}:
+            for layer in recurrent.values():
+                LinearAttentionLayer.reset(layer)
+        elif recurrent:
+            self._make_layers()
+            for index, states in self._traits.recurrent_states.items():
+                layer = self.layers[index]
+                states = {name: state.new_zeros(batch_size, *state.shape[1:]) for name, state in states.items()}
+                _restore_recurrent(layer, states, [False] * len(_has_previous_state(layer)))
 
     def _window_of(self, layer: LayerTraits) -> Window:
         keeps_native = layer.native_window is not None and layer.native_window <= self.window_length
@@ -2431,6 +2459,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
             self._batch_size = batch_size
             for group in self._groups:
                 group.allocate(batch_size, self._mask_dtype(group), self.is_static)
+            if self.is_static:
+                self._make_room_for_recurrent(batch_size)
         if any(back):
             for states in self._states:
                 states.move_back(back)
@@ -2466,11 +2496,13 @@ class SinkCache(NotesRecurrentLayers, Cache):
 
     @property
     def _has_lost_states(self) -> bool:
-        """Whether the last pass was interrupted, and can't be repeated."""
+        """Whether the last pass was interrupted, and can't be repeated. In static mode it may have been compiled, and says nothing before
+        its end."""
         noted, reached = self._traits.noted_layers, self.layers_reached
         if self._pass is None:  # through all layers that hold keys
             return any(self._num_seen) and not noted <= reached
-        return not self._pass.can_be_repeated and (len(self._pass.layers_done) > 0 or not noted.isdisjoint(reached))
+        has_begun = self._pass.is_at_cursor or len(self._pass.layers_done) > 0 or not noted.isdisjoint(reached)
+        return not self._pass.can_be_repeated and has_begun
 
     def _positions_back(self, num_seen: list[int], num_seen_after: list[int], base: list[int]) -> list[int]:
         """By how much the positions of each row are lowered before a pass: rarely, and then to `window_length`.
@@ -2505,7 +2537,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         steps = self._pass.steps
         if self._is_at_cursor:
             masks = {name: group.cursor.visible for group in self._groups for name in self._mask_names(group)}
-            return masks if self._traits.layer_types else masks[None]
+            return self._by_type(masks, None)
         if self._traits.is_ordered:
             step = steps[self._window]
             held = step.is_held.long()
@@ -2522,6 +2554,10 @@ class SinkCache(NotesRecurrentLayers, Cache):
             if names:  # else made for such layers on another device
                 mask = _as_mask(steps[group.window].visible()[:, None].to(device), self._mask_dtype(group))
                 masks |= dict.fromkeys(names, mask.expand(self._batch_size, -1, -1, -1))
+        return self._by_type(masks, padding)
+
+    def _by_type(self, masks: dict[str | None, torch.Tensor], padding: torch.Tensor | None) -> dict | torch.Tensor:
+        """Masks by the names of `_mask_names`, in the form in which the model takes them."""
         if self._traits.is_recurrent:
             # Under all names under which these models look for them.
             full = next((masks[name] for name in (None, *FULL_MASKS) if name in masks), None)
@@ -2659,7 +2695,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         self._token_log: list[tuple] = []
         for group in self._groups:
             group.clear()
-        if self._traits is not None:
+        if self._traits is not None and not self.is_static:
             self._make_layers()
 
     @_one_thread_at_a_time
@@ -2674,7 +2710,11 @@ class SinkCache(NotesRecurrentLayers, Cache):
             group.select_rows(index)
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):
-                LinearAttentionLayer.reorder_cache(layer, index)
+                if self.is_static and len(index) == self._batch_size:
+                    for state in _named_states(layer).values():
+                        _selected(state, 0, index.to(state.device))
+                else:
+                    LinearAttentionLayer.reorder_cache(layer, index)
         if self._token_ids is not None:
             self._token_ids = self._token_ids.index_select(0, index.to(self._token_ids.device))
         if self.unseen_token_ids is not None:

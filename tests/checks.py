@@ -4,9 +4,12 @@ import contextlib
 
 import pytest
 import torch
-from families import VOCAB_SIZE
-from generate import SinkCache
+from families import TRANSFORMERS, VOCAB_SIZE
+from generate import LinearAttentionLayer, SinkCache
 from oracle import TOLERANCE
+from packaging.version import Version
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from zoo import build_zoo_model
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
 NUM_TOKENS = 80  # five windows
@@ -28,6 +31,19 @@ def feed(model, cache: SinkCache, input_ids: torch.Tensor, sizes: list[int], att
         logits.append(model(**cache.prepare(input_ids[:, columns], mask)).logits)
         start += size
     return torch.cat(logits, dim=1)
+
+
+def build_recurrent_model(model_type: str, first_release: str = "5.5") -> torch.nn.Module:
+    """A tiny model with recurrent states. Where the installed release has none of this type, or can't serve it, the test is skipped."""
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or TRANSFORMERS < Version(first_release):
+        pytest.skip(f"transformers {TRANSFORMERS} has no {model_type}, or refuses it")
+    model = build_zoo_model(model_type)
+    try:
+        cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    except ValueError as error:
+        pytest.skip(f"refused with transformers {TRANSFORMERS}: {error}")
+    assert any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
+    return model
 
 
 @contextlib.contextmanager

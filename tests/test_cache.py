@@ -4,13 +4,19 @@ import copy
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, interrupted_at, left_padded, random_ids
-from families import EAGER_ONLY, TRANSFORMERS, build_model, first_served
+from checks import (
+    NUM_SINK_TOKENS,
+    WINDOW_LENGTH,
+    assert_same,
+    build_recurrent_model,
+    feed,
+    interrupted_at,
+    left_padded,
+    random_ids,
+)
+from families import EAGER_ONLY, build_model, first_served
 from generate import MODELS_ASK_FOR_QUERY_OFFSET, Cursor, SinkCache, Step, Window, generate
 from oracle import oracle_logits
-from packaging.version import Version
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from zoo import build_zoo_model
 
 # Tokens seen before the operation: fewer than the sinks, filling, at the edge, past it, past several re-bases.
 FILL_LEVELS = [2, 10, WINDOW_LENGTH - 1, WINDOW_LENGTH, WINDOW_LENGTH + 1, 50]
@@ -396,13 +402,8 @@ def test_a_pass_that_is_given_up_leaves_nothing_behind(model, options, num_seen,
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next", "granitemoehybrid", "falcon_h1"])
 def test_recurrent_states_that_have_gone_on_are_not_glossed_over(model_type, tmp_path):
     """They go on in place, layer by layer, also before the first keys of a pass come and after the last."""
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or TRANSFORMERS < Version("5.5"):
-        pytest.skip(f"transformers {TRANSFORMERS} has no {model_type}, or refuses it")
-    model, streams = build_zoo_model(model_type), random_ids(60)
-    try:
-        before, expected = new_cache(model), oracle_logits(model, streams, WINDOW_LENGTH, NUM_SINK_TOKENS)
-    except ValueError:
-        pytest.skip(f"refused with transformers {TRANSFORMERS}")
+    model, streams = build_recurrent_model(model_type), random_ids(60)
+    before, expected = new_cache(model), oracle_logits(model, streams, WINDOW_LENGTH, NUM_SINK_TOKENS)
     feed(model, before, streams[:, :40], [40])
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == len(before.layers))
     for layer in (*layers, model.get_output_embeddings()):
@@ -426,9 +427,7 @@ def test_recurrent_states_that_have_gone_on_are_not_glossed_over(model_type, tmp
 @pytest.mark.parametrize("model_type", ["lfm2", "granitemoehybrid"])
 def test_padding_in_the_middle_of_a_text_does_not_become_part_of_recurrent_states(model_type):
     """Before a text, states are zero and padding leaves them so. In it, transformers' layers go on over padding."""
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or TRANSFORMERS < Version("5.15"):
-        pytest.skip(f"transformers {TRANSFORMERS} has no {model_type}, or refuses it")
-    model, streams = build_zoo_model(model_type), random_ids(50, num_rows=2)
+    model, streams = build_recurrent_model(model_type, "5.15"), random_ids(50, num_rows=2)
     cache, (ids, mask) = new_cache(model), left_padded([streams[:1, :20], streams[1:, :9]])
     feed(model, cache, ids, [5] * 4, mask)
     before = repr(cache)

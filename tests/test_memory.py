@@ -67,6 +67,7 @@ MODES = {
     "latent attention": Mode("deepseek-v3", "eager"),
     "ordered": Mode("bloom", "eager", is_padded=True),
     "recurrent": Mode("lfm2"),
+    "recurrent, static": Mode("lfm2", options={"static": True}),
     "static": Mode("llama", options={"static": True}),
     "static, padded batch": Mode("gemma3", is_padded=True, options={"static": True}),
 }

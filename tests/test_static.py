@@ -4,11 +4,22 @@ The code is captured, not translated (`backend="eager"`): what a backend makes o
 capture another one is ours.
 """
 
+import copy
+
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, interrupted_at, left_padded, random_ids
+from checks import (
+    NUM_SINK_TOKENS,
+    WINDOW_LENGTH,
+    assert_same,
+    build_recurrent_model,
+    feed,
+    interrupted_at,
+    left_padded,
+    random_ids,
+)
 from families import EAGER_ONLY, FAMILIES, TRANSFORMERS, build_model, is_refused
-from generate import SinkCache, generate
+from generate import LinearAttentionLayer, SinkCache, _named_states, generate
 from oracle import oracle_logits
 from packaging import version
 from torch._dynamo.utils import counters
@@ -88,6 +99,72 @@ def test_one_graph_serves_a_padded_batch(name, implementation):
     for row, tokens in enumerate(rows):
         assert_same(logits[row : row + 1], oracle_logits(model, tokens, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -NUM_STEPS:])
     assert counters["stats"]["unique_graphs"] == num_graphs
+
+
+@compiling
+@pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next", "falcon_h1"])
+def test_one_graph_serves_recurrent_states(model_type):
+    """From the second token on: the first one finds none, and has a graph of its own. A second text has the same two, and the same
+    places."""
+    model, stream = build_recurrent_model(model_type, "5.20"), random_ids(50)
+    cache = static_cache(model)
+    expected = oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    torch._dynamo.reset()
+    counters.clear()
+    forward = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
+    places = set()
+    for _ in range(2):
+        logits = []
+        for token in stream.split(1, dim=1):
+            with torch.no_grad():
+                logits.append(forward(**cache.prepare(token)).logits)
+            places.add(tuple(state.data_ptr() for state in recurrent_states(cache)))
+        assert_same(torch.cat(logits, dim=1), expected)
+        cache.reset()
+    assert counters["stats"]["unique_graphs"] == 2 and len(places) == 1
+
+
+def recurrent_states(cache: SinkCache) -> list[torch.Tensor]:
+    layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
+    return [state for layer in layers for state in _named_states(layer).values()]
+
+
+@pytest.mark.parametrize("model_type", ["lfm2", "granitemoehybrid", "falcon_h1"])
+def test_recurrent_states_without_compiling(model_type):
+    """A padded batch, passes over one and several tokens, other numbers of rows, rows that change places, and a second text."""
+    model, stream = build_recurrent_model(model_type, "5.15"), random_ids(70)
+    cache = static_cache(model)
+    rows = [stream, stream[:, 11:]]
+    expected = [oracle_logits(model, row, WINDOW_LENGTH, NUM_SINK_TOKENS) for row in rows]
+    ids, mask = left_padded([row[:, : row.shape[1] - 40] for row in rows])
+    feed(model, cache, ids, [30], mask)
+    rest = stream[:, 30:].expand(2, -1)
+    logits = [feed(model, cache, rest[:, :12], [1] * 5 + [6, 1])]
+    places = [state.data_ptr() for state in recurrent_states(cache)]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    logits.append(feed(model, cache, rest[:, 12:20], [1] * 8).flip(0))
+    assert [state.data_ptr() for state in recurrent_states(cache)] == places
+    cache.batch_select_indices(torch.tensor([1]))  # the first
+    last = feed(model, cache, rest[:1, 20:], [1] * 20)
+    assert_same(torch.cat([*(each[:1] for each in logits), last], dim=1), expected[0][:, 30:])
+    assert_same(torch.cat([each[1:] for each in logits], dim=1), expected[1][:, 19:39])
+    cache.reset()
+    assert_same(feed(model, cache, stream[:, :30], [1] * 10 + [19, 1]), expected[0][:, :30])
+
+
+def test_a_pass_with_recurrent_states_that_may_have_been_interrupted_is_not_repeated():
+    """What was compiled says nothing before its end: as soon as a pass is prepared, it has to be run."""
+    model, stream = build_recurrent_model("lfm2"), random_ids(40)
+    cache = static_cache(model)
+    feed(model, cache, stream[:, :30], [20] + [1] * 10)
+    before = copy.deepcopy(cache)
+    cache.prepare(stream[:, 30:31])
+    with pytest.raises(ValueError, match="interrupted before"):
+        cache.prepare(stream[:, 30:31])
+    expected = oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    assert_same(feed(model, before, stream[:, 30:], [1] * 10), expected[:, 30:])
+    cache.reset()
+    assert_same(feed(model, cache, stream, [20] + [1] * 20), expected)
 
 
 def test_however_the_tokens_are_fed_without_compiling():
