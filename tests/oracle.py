@@ -84,6 +84,13 @@ def put(kept: list[tuple], cache: DynamicCache, index: int) -> None:
         cache.update_indexer(states[:, 0], index)
 
 
+def causal_mask(model, num_tokens: int) -> torch.Tensor | None:
+    """For tokens at any positions in a new cache: None where the model makes it right by itself."""
+    if INDEXERS_MAKE_MASKS or not hasattr(model.config.get_text_config(decoder=True), "index_topk"):
+        return None
+    return torch.full((1, 1, num_tokens, num_tokens), torch.finfo(model.dtype).min).triu(1)
+
+
 def copy_recurrent_states(before: DynamicCache, cache: DynamicCache) -> None:
     """The state goes on, without the keys of its layer if it has any."""
     mixin = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
@@ -133,10 +140,7 @@ def oracle_logits(
     shifts = torch.arange(1, max(input_ids.shape[1] - window_length, 0) + 1) * shift
     sink_cache = new_cache(model, windows)
     if num_sink_tokens and len(shifts):
-        mask = None
-        if hasattr(model.config.get_text_config(decoder=True), "index_topk") and not INDEXERS_MAKE_MASKS:
-            mask = torch.full((1, 1, num_sink_tokens, num_sink_tokens), torch.finfo(model.dtype).min).triu(1)
-        run(first.expand(len(shifts), -1), shifts, sink_cache, mask)
+        run(first.expand(len(shifts), -1), shifts, sink_cache, causal_mask(model, num_sink_tokens))
 
     logits, cache = [], new_cache(model, windows)
     for token in range(input_ids.shape[1]):
@@ -248,7 +252,7 @@ class GrowingOracle:
         block, row = divmod(shift, self.SHIFTS_AT_ONCE)
         if block not in sinks.moved_sinks:
             cache, shifts = new_cache(self.model, self.windows), torch.arange(self.SHIFTS_AT_ONCE) + block * self.SHIFTS_AT_ONCE
-            self._run(sinks.tokens, shifts, cache)
+            self._run(sinks.tokens, shifts, cache, causal_mask(self.model, len(sinks.tokens)))
             sinks.moved_sinks[block] = [states_of(cache, index) for index in range(len(self.windows))]
         return [each and tuple(state[row : row + 1] for state in each) for each in sinks.moved_sinks[block]]
 

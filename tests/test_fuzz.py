@@ -63,6 +63,7 @@ MODELS = [
     ("mistral-short-window", TWO_LAYERS),
     ("mistral-long-window", {"num_hidden_layers": 2, "sliding_window": 14}),
     ("llama4", {"num_hidden_layers": 2, "attention_chunk_size": 24, "floor_scale": 10_000}),
+    ("glm-moe-dsa", {"num_hidden_layers": 2, "index_topk": 24, "indexer_types": ["full", "shared"]}),
 ]
 # Where frequencies change, tables end or queries are scaled: soon, but not for the oracle.
 NUM_POSITIONS = dict.fromkeys(("gpt-j", "llama-dynamic"), {"max_position_embeddings": 60}) | {"llama4": {"floor_scale": 61}}
