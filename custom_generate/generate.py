@@ -2024,6 +2024,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         self._traits: ModelTraits | None = None
         self._groups: list[LayerGroup] = []
         self._pass: Pass | None = None
+        self._idle_rows: list[tuple] = []  # recurrent states that the last pass must leave alone: layer, name, rows, states
         self.reset()
 
     # What it holds
@@ -2061,7 +2062,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         tensors += [
             state for layer in self.layers if isinstance(layer, LinearAttentionLayer) for state in _named_states(layer).values()
         ]
-        tensors += _tensors_in(self._token_ids, self._token_log)
+        tensors += _tensors_in(self._token_ids, self._token_log, self._idle_rows)
         storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -2411,6 +2412,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
             raise _in_use()
         if done is not None:
             self._finish(done)
+        if self._idle_rows and self._pass is None:
+            self._put_back_idle_rows()
 
     def _require_model(self) -> None:
         if self._traits is None:
@@ -2480,6 +2483,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         if at_cursor:
             for group in self._groups:
                 group.cursor.move(num_seen)
+        self._keep_idle_rows(num_new)
         self._is_at_cursor, self.layers_reached = at_cursor, set()
         quantizes = self.quantization is not None and num_columns > 1
         can_be_repeated = not evicts and not quantizes and not self._traits.is_recurrent
@@ -2487,12 +2491,25 @@ class SinkCache(NotesRecurrentLayers, Cache):
 
     def _check_padding(self, num_seen: list[int], num_new: list[int], num_columns: int) -> None:
         for row, (seen, new) in enumerate(zip(num_seen, num_new) if self._traits.is_recurrent else ()):
-            if seen > 0 and new < num_columns:
+            if seen > 0 and 0 < new < num_columns:
                 raise ValueError(
                     f"Row {row} of the batch goes on by {new} tokens and another one by {num_columns}: the padding between would change "
-                    "its recurrent states as if it were text. With such a model, rows can go on by as many tokens each, or each with a "
-                    "cache of its own."
+                    "its recurrent states as if it were text. Split the pass so that in each part a row has tokens in all columns or in "
+                    "none, or generate with custom_generate, which does."
                 )
+
+    def _keep_idle_rows(self, num_new: list[int]) -> None:
+        """Recurrent layers go on over padding, too: the states of rows that bring nothing else are put back after the pass."""
+        rows = [row for row in range(self._batch_size) if num_new[row % len(num_new)] == 0]
+        layers = self._traits.recurrent_states if rows and any(self._num_seen) else ()
+        named = ((index, *item) for index in layers for item in _named_states(self.layers[index]).items())
+        self._idle_rows = [(index, name, rows, state[rows]) for index, name, state in named]
+
+    def _put_back_idle_rows(self) -> None:
+        with torch.inference_mode():  # where the model may have made them
+            for index, name, rows, states in self._idle_rows:
+                _named_states(self.layers[index])[name][rows] = states
+        self._idle_rows = []
 
     @property
     def _has_lost_states(self) -> bool:
@@ -2690,6 +2707,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         self.layers_reached: set[int | None] = set()  # by the last pass, of the recurrent ones
         self._token_ids: torch.Tensor | None = None
         self.unseen_token_ids: list[int] | None = None  # what `generate` returned last: chosen, but not yet processed
+        self._idle_rows = []
         self._num_recorded = 0
         self._num_other_columns = 0  # of the text that `generate` has, less tokens seen, while it takes drafts back
         self._token_log: list[tuple] = []
@@ -2758,6 +2776,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         Raises:
             ValueError: the tokens that those ones evicted were not recorded, or there are not so many. The cache is as before.
         """
+        num_tokens = int(num_tokens)  # a tensor, where `generate` has counted what it takes back (since 5.14)
         removed = -num_tokens if num_tokens <= 0 else max(0, self.num_tokens_seen + self._num_other_columns - num_tokens)
         num_left = [seen - removed for seen in self._num_seen]
         if removed and self._traits is not None and self._traits.is_recurrent:
@@ -3240,8 +3259,6 @@ def generate(
     unseen = _unseen(prompt, cache, num_copies)
     guidance = _guidance(model, cache, prompt, kwargs, chunk_size)
     cache.bind(model)
-    if unseen.mask is not None:
-        cache._check_padding(cache.num_tokens_seen_by_row, count_tokens(unseen.mask), unseen.num_columns)
     if synced_gpus is None:  # as transformers decides
         is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
         synced_gpus = is_sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
@@ -3262,7 +3279,7 @@ def generate(
         kwargs["input_ids"] = History.of(kwargs["input_ids"])
     if generation_config is not None:
         kwargs["generation_config"] = _without_our_options(generation_config)
-    cache.unseen_token_ids = None
+    cache.unseen_token_ids, sequences = None, None
     try:
         outputs = type(model).generate(
             view,
@@ -3276,11 +3293,13 @@ def generate(
             attention_mask=torch.ones(prompt.tokens.shape[:2], dtype=torch.long, device=_input_device(model)),
             **{name: value for name, value in kwargs.items() if name not in OUR_OPTIONS},
         )
+        sequences = (outputs if isinstance(outputs, torch.Tensor) else outputs.sequences).clone()  # ordinary ids, without room
     finally:
         if is_assisted:
-            cache.crop(-cache._num_recorded)  # a draft that was not checked to the end
+            # Of a draft that was not checked to the end nothing stands; else what is in the text, but for its last token.
+            num_columns = cache.num_tokens_seen + cache._num_other_columns
+            cache.crop(-cache._num_recorded if sequences is None else min(sequences.shape[1] - 1 - num_columns, 0))
             cache._set_recording(False)
-    sequences = (outputs if isinstance(outputs, torch.Tensor) else outputs.sequences).clone()  # ordinary ids, without room
     last = sequences[:, -1]
     if has_beams:  # the cache has read the prompt, but for its last token
         if cache.is_initialized:
@@ -3457,7 +3476,7 @@ class Feed:
         filling, full = (self.chunk_size, self.chunk_size) if self.chunk_size is not None else DEFAULT_PREFILL_CHUNK_SIZE
         while True:
             size = filling if cache.num_tokens_seen < cache.window_length else full
-            size = min(size, cache.num_columns_at_once)
+            size = min(size, cache.num_columns_at_once, self._num_columns_alike(rest))
             is_last = rest.num_columns <= (self.num_last or size)
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.synced_gpus, device=rest.tokens.device):
                 return rest
@@ -3466,6 +3485,15 @@ class Feed:
             else:
                 chunk, rest = rest.split(min(size, rest.num_columns - (self.num_last or 0)))
                 as_written(**others | cache.prepare(**chunk.arguments))
+
+    def _num_columns_alike(self, rest: Prompt) -> int:
+        """How many columns of the rest may come in one pass: where there are recurrent states, those in which rows that go on are either
+        padding or text."""
+        padding = []
+        if self.cache._traits.is_recurrent and rest.mask is not None:
+            rows = zip(self.cache.num_tokens_seen_by_row, count_tokens(rest.mask))
+            padding = [rest.num_columns - num_new for num_seen, num_new in rows if num_seen > 0]
+        return min(filter(None, padding), default=rest.num_columns)
 
 
 def _idle_pass(tokens: torch.Tensor, name: str) -> dict:
@@ -3687,8 +3715,8 @@ class Drafter:
 class ShortDrafts:
     """A candidate generator of transformers whose drafts are cut to `length`, so that a pass over one can be taken back."""
 
-    def __init__(self, generator, length: int):
-        self.generator, self.length = generator, length
+    def __init__(self, generator, cache: SinkCache, length: int):
+        self.generator, self.cache, self.length = generator, cache, length
 
     @classmethod
     def of(cls, model: torch.nn.Module, cache: SinkCache, generation_config, **kwargs) -> "ShortDrafts":
@@ -3701,10 +3729,11 @@ class ShortDrafts:
         num_kept = [window.num_recent for window in cache._windows]
         if cache.quantization is not None:
             num_kept.append(cache.quantization.min_recent)  # as they came
-        return cls(generator, min(num_kept) - 1)
+        return cls(generator, cache, min(num_kept) - 1)
 
     def get_candidates(self, input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The text `[1, length]` with a draft behind it, and the logits of the draft if there are any."""
+        self.cache.crop(0)  # all that is in the text stands: 5.14 and 5.15 only say so where they take something back
         ids, logits = self.generator.get_candidates(input_ids, *args, **kwargs)
         length = min(ids.shape[1] - input_ids.shape[1], self.length)
         if length == 0:

@@ -133,7 +133,7 @@ CACHES = [
     refused(("paged",), OTHER_CACHE, cache_implementation="paged"),
     refused(("a cache with tokens in it",), "already holds tokens, and nobody knows their positions", past_key_values="DynamicCache"),
     Row(("layers with a sliding window",), WORKS, "see *Model compatibility*", "test_families.py::test_logits_equal_the_oracle_however_the_tokens_are_fed"),
-    Row(("recurrent states beside attention",), WORKS, "see *Model compatibility* and, for turns of a batch, *Limits*", "test_zoo.py::test_exact_or_refused"),
+    Row(("recurrent states beside attention",), WORKS, "see *Model compatibility* and, for turns of a batch in your own loop, *Limits*", "test_zoo.py::test_exact_or_refused"),
     refused(("recurrent states alone",), "attention layers do not put their keys and values into its cache", model="mamba"),
     refused(("encoder-decoder",), "SinkCache serves decoder-only models", model="t5"),
 ]  # fmt: skip

@@ -426,24 +426,47 @@ def test_recurrent_states_that_have_gone_on_are_not_glossed_over(model_type, tmp
 
 @pytest.mark.parametrize("model_type", ["lfm2", "granitemoehybrid"])
 def test_padding_in_the_middle_of_a_text_does_not_become_part_of_recurrent_states(model_type):
-    """Before a text, states are zero and padding leaves them so. In it, transformers' layers go on over padding."""
+    """Before a text, states are zero and padding leaves them so. In it, transformers' layers go on over padding: a pass in which a row has
+    both is refused, and the states of a row that has nothing else are put back."""
     model, streams = build_recurrent_model(model_type, "5.15"), random_ids(50, num_rows=2)
     cache, (ids, mask) = new_cache(model), left_padded([streams[:1, :20], streams[1:, :9]])
     feed(model, cache, ids, [5] * 4, mask)
     before = repr(cache)
-    for num_new in (4, 2), (0, 3):
-        later, mask = left_padded([streams[:1, 20 : 20 + num_new[0]], streams[1:, 9 : 9 + num_new[1]]])
-        with pytest.raises(ValueError, match=r"Row \d of the batch goes on by \d tokens and another one by \d"):
-            cache.prepare(later, mask)
-        texts, masks = left_padded([streams[:1, : 20 + num_new[0]], streams[1:, : 9 + num_new[1]]])
-        if 0 not in num_new:
-            with pytest.raises(ValueError, match=r"Row 1 of the batch goes on by 2 tokens and another one by 4"):
-                generate(texts, attention_mask=masks, model=model, past_key_values=cache, prefill_chunk_size=1)
-        assert repr(cache) == before
-    logits = feed(model, cache, torch.cat([streams[:1, 20:50], streams[1:, 9:39]]), [8] + [1] * 22)
-    for row, start in ((0, 20), (1, 9)):
+    later, mask = left_padded([streams[:1, 20:24], streams[1:, 9:11]])
+    with pytest.raises(ValueError, match="Row 1 of the batch goes on by 2 tokens and another one by 4.*Split the pass"):
+        cache.prepare(later, mask)
+    assert repr(cache) == before
+    feed(model, cache, later, [2, 2], mask)
+    feed(model, cache, random_ids(5, num_rows=2), [1, 4], torch.zeros(2, 5))  # all rows are idle
+    cache.num_tokens_seen
+    assert torch.isfinite(feed(model, copy.deepcopy(cache), later, [4])).all()  # a copy that was made right after
+    feed(model, cache, streams[:, 11:20], [9], torch.tensor([[0], [1]]).expand(-1, 9))
+    logits = feed(model, cache, torch.cat([streams[:1, 24:50], streams[1:, 20:46]]), [8] + [1] * 18)
+    for row, start in ((0, 24), (1, 20)):
         expected = oracle_logits(model, streams[row : row + 1], WINDOW_LENGTH, NUM_SINK_TOKENS)
-        assert_same(logits[row : row + 1], expected[:, start : start + 30])
+        assert_same(logits[row : row + 1], expected[:, start : start + 26])
+
+
+@pytest.mark.parametrize("is_inference", [False, True])
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 3}, {"num_beams": 2}, {"cache_implementation": "static"}])
+def test_rows_with_recurrent_states_go_on_by_different_numbers_of_tokens(options, is_inference):
+    """Three turns of a batch in which each row has a number of its own; the first with these options."""
+    model, streams = build_recurrent_model("qwen3_next", "5.15"), random_ids(200, num_rows=3)
+    cache, texts = None, [streams[row : row + 1, :0] for row in range(3)]
+    for turn in ((20, 3, 9), (2, 30, 1), (5, 5, 17)):
+        texts = [torch.cat([text, streams[row : row + 1, : turn[row]]], 1) for row, text in enumerate(texts)]
+        ids, mask = left_padded(texts)
+        options = options if cache is None else {}
+        with torch.inference_mode(is_inference):
+            outputs = generate(
+                ids, attention_mask=mask, model=model, window_length=WINDOW_LENGTH, past_key_values=cache, max_new_tokens=3,
+                do_sample=False, return_dict_in_generate=True, output_logits=True, **options,
+            )  # fmt: skip
+        cache = outputs.past_key_values
+        texts = [torch.cat([text, outputs.sequences[row : row + 1, ids.shape[1] :]], 1) for row, text in enumerate(texts)]
+        for row, text in enumerate(texts) if "num_beams" not in options else ():
+            expected = oracle_logits(model, text[:, :-1], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -3:]
+            assert_same(torch.stack(outputs.logits, 1)[row : row + 1], expected)
 
 
 def test_a_loop_that_forgot_no_grad_keeps_no_graph(model):

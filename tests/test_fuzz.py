@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -125,6 +126,7 @@ class Stream:
         return [row.text.length + self.num_gone_by for row in self.rows]
 
     def says(self) -> tuple:
+        self.cache._check_not_in_use(threading.get_ident())  # rows that waited are put back
         return repr(self.cache), self.cache.num_tokens_seen_by_row, list(self.cache._base), self.cache.batch_size
 
 
@@ -196,9 +198,9 @@ class CacheMachine(RuleBasedStateMachine):
             assert_same(torch.stack(ours), torch.stack(expected))
 
     def fitting(self, stream: Stream, counts: list[int]) -> list[int]:
-        """One number for each row; rows with recurrent states can't go on by different ones."""
+        """One number for each row; of those with recurrent states, some may wait while all others go on by as many."""
         counts = counts[: len(stream.rows)]
-        return [max(counts)] * len(counts) if self.is_recurrent and any(stream.num_seen) else counts
+        return [num * (num == max(counts)) for num in counts] if self.is_recurrent and any(stream.num_seen) else counts
 
     def evicts(self, stream: Stream, counts: list[int]) -> bool:
         """Whether a pass over several tokens goes past a window."""
@@ -315,7 +317,7 @@ class CacheMachine(RuleBasedStateMachine):
         stream = self.streams[stream % len(self.streams)]
         self.begin(stream, num_rows)
         rows, cache, W = stream.rows, stream.cache, self.window_length
-        counts = [max(num, 1) for num in self.fitting(stream, counts)]
+        counts = [max(num, 1) for num in counts[: len(rows)]]
         num_copies = num_copies if num_copies * len(rows) <= MAX_ROWS else 1
         if how == "new":
             counts = [counts[0]] * len(rows)
@@ -473,7 +475,8 @@ class CacheMachine(RuleBasedStateMachine):
         stream = self.started(stream)
         if stream.recorded is not None:
             return
-        self.run_pass(stream, self.fitting(stream, [max(self.window_length + 1 - seen, 0) for seen in stream.num_seen]))
+        missing = [max(self.window_length + 1 - seen, 0) for seen in stream.num_seen]
+        self.run_pass(stream, [max(missing)] * len(missing) if self.is_recurrent else missing)
         operations["let tokens go by"] += 1
         lap = math.lcm(self.window_length - self.num_sinks, self.window_length, *self.windows)
         num = max(10**power // lap, 1) * lap
