@@ -3296,9 +3296,11 @@ def generate(
         sequences = (outputs if isinstance(outputs, torch.Tensor) else outputs.sequences).clone()  # ordinary ids, without room
     finally:
         if is_assisted:
-            # Of a draft that was not checked to the end nothing stands; else what is in the text, but for its last token.
-            num_columns = cache.num_tokens_seen + cache._num_other_columns
-            cache.crop(-cache._num_recorded if sequences is None else min(sequences.shape[1] - 1 - num_columns, 0))
+            num_loose = cache._num_recorded  # of a draft that was not checked to the end, nothing stands
+            if sequences is not None:  # else all that is in the text, but for its last token
+                num_columns = cache.num_tokens_seen + cache._num_other_columns
+                num_loose = min(max(num_columns - (sequences.shape[1] - 1), 0), num_loose)
+            cache.crop(-num_loose)
             cache._set_recording(False)
     last = sequences[:, -1]
     if has_beams:  # the cache has read the prompt, but for its last token
