@@ -63,6 +63,7 @@ SHORTER = {
     "--num-tokens 16384": "--num-tokens 300",
     "--max-new-tokens 200000": "--max-new-tokens 300",
     "--num-threads 1": "--num-threads 1 --preset tiny --window-length 32 --num-tokens 4 --num-rounds 2 --methods sink dynamic",
+    "--batch-size 8 --window-length 256 1024 --num-rounds 9 --num-tokens 16": "--batch-size 2",
     "--measure age --preset tiny --window-length 256 --num-tokens 200": "--measure age --age 20 40",
     "--measure prefill --window-length 256": "--measure prefill --prefill-windows 4 --chunk-length 8",
 }
