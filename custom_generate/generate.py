@@ -2483,7 +2483,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
         if at_cursor:
             for group in self._groups:
                 group.cursor.move(num_seen)
-        self._keep_idle_rows(num_new)
+        if self._traits.is_recurrent:
+            self._keep_idle_rows(num_new)
         self._is_at_cursor, self.layers_reached = at_cursor, set()
         quantizes = self.quantization is not None and num_columns > 1
         can_be_repeated = not evicts and not quantizes and not self._traits.is_recurrent
@@ -2771,7 +2772,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
     @_one_thread_at_a_time
     def crop(self, num_tokens: int) -> None:
         """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if negative, else all but the first so
-        many (as before transformers 5.16, where `generate` counts all columns of its text). What was recorded until then is let go.
+        many (as before transformers 5.14, where `generate` counts all columns of its text). What was recorded until then is let go.
 
         Raises:
             ValueError: the tokens that those ones evicted were not recorded, or there are not so many. The cache is as before.
@@ -3735,7 +3736,7 @@ class ShortDrafts:
 
     def get_candidates(self, input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The text `[1, length]` with a draft behind it, and the logits of the draft if there are any."""
-        self.cache.crop(0)  # all that is in the text stands: 5.14 and 5.15 only say so where they take something back
+        self.cache.crop(0)  # all that is in the text stands: 5.14 only says so where it takes something back
         ids, logits = self.generator.get_candidates(input_ids, *args, **kwargs)
         length = min(ids.shape[1] - input_ids.shape[1], self.length)
         if length == 0:

@@ -23,6 +23,18 @@ COMMON = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+LATENT_ATTENTION = {  # and a mixture of experts, as in all models that have it
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 6,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+}
 HALF_SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 
@@ -110,36 +122,14 @@ FAMILIES = {
     "falcon-alibi": ("FalconConfig", {"alibi": True, "new_decoder_architecture": False, "multi_query": False}),
     "deepseek-v3": (
         "DeepseekV3Config",
-        {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 6,
-            "first_k_dense_replace": 1,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "moe_intermediate_size": 16,
-        },
+        {**LATENT_ATTENTION, "first_k_dense_replace": 1, "n_group": 2},
     ),
     "glm-moe-dsa": (
         "GlmMoeDsaConfig",
         {
+            **LATENT_ATTENTION,
             "num_hidden_layers": 4,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 6,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
             "n_group": 1,
-            "topk_group": 1,
-            "moe_intermediate_size": 16,
             "indexer_types": ["full", "shared"] * 2,
             "index_topk": 16,  # just as many as the window of most tests holds
             "index_head_dim": 16,

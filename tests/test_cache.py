@@ -438,7 +438,6 @@ def test_padding_in_the_middle_of_a_text_does_not_become_part_of_recurrent_state
     assert repr(cache) == before
     feed(model, cache, later, [2, 2], mask)
     feed(model, cache, random_ids(5, num_rows=2), [1, 4], torch.zeros(2, 5))  # all rows are idle
-    cache.num_tokens_seen
     assert torch.isfinite(feed(model, copy.deepcopy(cache), later, [4])).all()  # a copy that was made right after
     feed(model, cache, streams[:, 11:20], [9], torch.tensor([[0], [1]]).expand(-1, 9))
     logits = feed(model, cache, torch.cat([streams[:1, 24:50], streams[1:, 20:46]]), [8] + [1] * 18)
