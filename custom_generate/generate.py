@@ -2059,9 +2059,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         """Bytes of all tensors of the cache: their storages, each once."""
         tensors = [tensor for states in self._states for tensor in states.tensors]
         tensors += [tensor for group in self._groups if group.cursor for tensor in _tensors_in(*vars(group.cursor).values())]
-        tensors += [
-            state for layer in self.layers if isinstance(layer, LinearAttentionLayer) for state in _named_states(layer).values()
-        ]
+        tensors += [state for layer in self._recurrent_layers.values() for state in _named_states(layer).values()]
         tensors += _tensors_in(self._token_ids, self._token_log, self._idle_rows)
         storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -2103,6 +2101,11 @@ class SinkCache(NotesRecurrentLayers, Cache):
     @property
     def _states(self) -> list[States]:
         return [states for group in self._groups for states in group.states]
+
+    @property
+    def _recurrent_layers(self) -> dict[int, LinearAttentionLayer]:
+        """By their numbers, those with a recurrent or convolutional state."""
+        return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, LinearAttentionLayer)}
 
     @property
     def _num_seen(self) -> list[int]:
@@ -2238,12 +2241,12 @@ class SinkCache(NotesRecurrentLayers, Cache):
 
     def _make_room_for_recurrent(self, batch_size: int) -> None:
         """In static mode, for all states of that kind: in the place that was made for as many rows before."""
-        recurrent = {index: self.layers[index] for index in self._traits.recurrent_states}
-        rows = {len(state) for layer in recurrent.values() for state in _named_states(layer).values()}
+        layers = self._recurrent_layers.values()
+        rows = {len(state) for layer in layers for state in _named_states(layer).values()}
         if rows == {batch_size}:
-            for layer in recurrent.values():
+            for layer in layers:
                 LinearAttentionLayer.reset(layer)
-        elif recurrent:
+        elif layers:
             self._make_layers()
             for index, states in self._traits.recurrent_states.items():
                 layer = self.layers[index]
@@ -2502,8 +2505,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
     def _keep_idle_rows(self, num_new: list[int]) -> None:
         """Recurrent layers go on over padding, too: the states of rows that bring nothing else are put back after the pass."""
         rows = [row for row in range(self._batch_size) if num_new[row % len(num_new)] == 0]
-        layers = self._traits.recurrent_states if rows and any(self._num_seen) else ()
-        named = ((index, *item) for index in layers for item in _named_states(self.layers[index]).items())
+        layers = self._recurrent_layers if rows and any(self._num_seen) else {}
+        named = ((index, *item) for index, layer in layers.items() for item in _named_states(layer).items())
         self._idle_rows = [(index, name, rows, state[rows]) for index, name, state in named]
 
     def _put_back_idle_rows(self) -> None:
@@ -2727,13 +2730,12 @@ class SinkCache(NotesRecurrentLayers, Cache):
             self._num_seen, self._base = [self._num_seen[row] for row in rows], [self._base[row] for row in rows]
         for group in self._groups:
             group.select_rows(index)
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionLayer):
-                if self.is_static and len(index) == self._batch_size:
-                    for state in _named_states(layer).values():
-                        _selected(state, 0, index.to(state.device))
-                else:
-                    LinearAttentionLayer.reorder_cache(layer, index)
+        for layer in self._recurrent_layers.values():
+            if self.is_static and len(index) == self._batch_size:
+                for state in _named_states(layer).values():
+                    _selected(state, 0, index.to(state.device))
+            else:
+                LinearAttentionLayer.reorder_cache(layer, index)
         if self._token_ids is not None:
             self._token_ids = self._token_ids.index_select(0, index.to(self._token_ids.device))
         if self.unseen_token_ids is not None:
@@ -2825,10 +2827,9 @@ class SinkCache(NotesRecurrentLayers, Cache):
                 for index, named in zip(group.layers, of_layers):
                     states[f"layers.{index}.{kind}"] = numbers
                     tensors |= {f"layers.{index}.{kind}.{name}": tensor for name, tensor in named.items()}
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, LinearAttentionLayer):
-                has_previous_state[str(index)] = _has_previous_state(layer)
-                tensors |= {f"layers.{index}.recurrent.{name}": tensor for name, tensor in _named_states(layer).items()}
+        for index, layer in self._recurrent_layers.items():
+            has_previous_state[str(index)] = _has_previous_state(layer)
+            tensors |= {f"layers.{index}.recurrent.{name}": tensor for name, tensor in _named_states(layer).items()}
         if self._token_ids is not None:
             tensors["token_ids"] = self._token_ids
         numbers = self._arguments | {"batch_size": self._batch_size, "num_seen": self._num_seen, "base": self._base}
@@ -2878,9 +2879,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
             raise saved.refusal(f"{batch_size} rows that have seen {num_seen!r:.50} tokens, counted from {base!r:.50}, can't be")
         for group in self._groups if batch_size != -1 else ():
             group.allocate(batch_size, self._mask_dtype(group), self.is_static, saved)
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, LinearAttentionLayer):
-                saved.restore_recurrent(index, layer, batch_size, self._bound_as[1])
+        for index, layer in self._recurrent_layers.items():
+            saved.restore_recurrent(index, layer, batch_size, self._bound_as[1])
         if "token_ids" in saved.tensors:
             ids = saved.take("token_ids", (batch_size, self.window_length), None)
             self._token_ids = ids.to(self._bound_as[1], copy=True)

@@ -19,7 +19,7 @@ from checks import (
     random_ids,
 )
 from families import EAGER_ONLY, FAMILIES, TRANSFORMERS, build_model, is_refused
-from generate import LinearAttentionLayer, SinkCache, _named_states, generate
+from generate import SinkCache, _named_states, generate
 from oracle import oracle_logits
 from packaging import version
 from torch._dynamo.utils import counters
@@ -125,8 +125,7 @@ def test_one_graph_serves_recurrent_states(model_type):
 
 
 def recurrent_states(cache: SinkCache) -> list[torch.Tensor]:
-    layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
-    return [state for layer in layers for state in _named_states(layer).values()]
+    return [state for layer in cache._recurrent_layers.values() for state in _named_states(layer).values()]
 
 
 @pytest.mark.parametrize("model_type", ["lfm2", "granitemoehybrid", "falcon_h1"])
