@@ -30,6 +30,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import os
 import threading
 import weakref
@@ -49,9 +50,10 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_WINDOW_LENGTH = 256
 DEFAULT_NUM_SINK_TOKENS = 4
-# Tokens of a prompt that go through the model in one pass: before the window is full, and after. A pass over a full window
-# attends to one moved copy of the sinks per token, so longer passes cost more memory and gain little.
-DEFAULT_PREFILL_CHUNK_SIZE = (1024, 128)
+# Tokens of a prompt that go through the model in one pass: while the window is filling, once it is full, and where it is full but the
+# pass can't come in parts. There is one moved copy of the sinks for each token: with many sinks, passes are shorter.
+DEFAULT_PREFILL_CHUNK_SIZES = (1024, 512, 128)
+MAX_SINK_COPIES = 4 * 512
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,6 +77,16 @@ HAS_ALL_BEAM_SEARCHES = hasattr(GenerationMixin, "_constrained_beam_search")
 # Models ask the cache where the queries of a pass stand among its keys (since 5.16). Before, they take the number of tokens seen,
 # which hides all keys behind a native window.
 MODELS_ASK_FOR_QUERY_OFFSET = hasattr(Cache, "get_query_offset")
+# What a cache is called where it is passed and returned: `cache` since 5.24. First the name in this release.
+CACHE_NAMES = ("cache", "past_key_values")
+if "cache" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+    CACHE_NAMES = CACHE_NAMES[::-1]
+CACHE_NAME = CACHE_NAMES[0]
+
+
+def _cache_name(accepted) -> str:
+    """What a model that takes these arguments calls its cache: code from the Hub keeps the name it was written with."""
+    return next((name for name in CACHE_NAMES if name in accepted), CACHE_NAME)
 
 
 def _layer_class(name: str) -> type:
@@ -291,6 +303,13 @@ class Window:
     def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Whether the query of one token attends to the key of another."""
         return (key <= query) & ((key < self.num_sinks) | (key > query - self.num_recent))
+
+    @property
+    def part_length(self) -> int:
+        """How long the parts of a long pass over a full window should be (`Step`): long ones attend to many copies of the sinks, and of
+        short ones each has a copy of the recent tokens. Fitted to what was fastest for 4 sinks and windows of 256 to 4,096 on a CPU; a
+        power of two, since most prompts are cut at multiples of one."""
+        return 2 ** max(0, round(math.log2(1.2 * self.num_recent**0.75 / (self.num_sinks + 1) ** 0.5)))
 
     def shift(self, position):
         """How far the sinks have to be moved for the query at a position, so that the first stands `length - 1` before it."""
@@ -662,7 +681,7 @@ class Probe:
         inputs = {
             "input_ids": self.texts.repeat_interleave(len(self.positions), dim=0)[:, columns],
             "position_ids": (self.positions.repeat(len(self.texts))[:, None] + torch.arange(3))[:, columns],
-            "past_key_values": cache,
+            _cache_name(self.accepted): cache,
             "attention_mask": masks,
             "use_cache": True,
             "logits_to_keep": 1,
@@ -799,6 +818,10 @@ class Step:
 
     with a mask in which each query sees its own copy of the sinks.
 
+    A long pass over full windows comes in parts: `num_parts` rows of the batch for each row of the cache, one for each part of the
+    new tokens. A part is handed the copies of the sinks for its own queries, and only those tokens that they see. So attention costs
+    little more than over the window, while all else in the model works on many tokens at once.
+
     Args:
         window: the window of these layers.
         num_seen: tokens seen before the pass, one number for each row, or a single one if that serves all rows.
@@ -806,6 +829,7 @@ class Step:
         num_columns: length of the pass.
         base: what is subtracted from each row's token numbers to get positions.
         is_ordered: hand out keys in the order of their tokens, right-aligned.
+        num_parts: in which the pass comes. With more than one, all windows are full and nothing is padding.
     """
 
     def __init__(
@@ -817,11 +841,13 @@ class Step:
         base: list[int],
         device: torch.device,
         is_ordered: bool,
+        num_parts: int = 1,
     ):
         self.window = window
         self.device = device
         self._num_new = num_new
-        self.num_columns = num_columns
+        self.num_columns, self.num_parts = num_columns, num_parts
+        self._rooms: list[tuple[torch.Tensor, int]] = []  # and by how many each is used while it is free
         self.is_uniform = len(num_seen) == 1
         num_after = [seen + new for seen, new in zip(num_seen, num_new)]
         self.num_before, self.num_after = num_seen, num_after
@@ -841,6 +867,8 @@ class Step:
             self.rows, self.slots, self.columns = slice(None), slice(start, start + num_columns), slice(None)
         else:
             self._locate()
+            if num_parts > 1:
+                self.recent_slots = window.slot(self.num_seen + torch.arange(-window.num_recent, 0, device=device))
             if not self.hands_out_slots:
                 self.shifts = window.shift(self.tokens - torch.tensor(base, device=device)[:, None])
         if is_ordered:
@@ -857,11 +885,53 @@ class Step:
 
     @property
     def kv_length(self) -> int:
-        """How many keys and values the pass is handed."""
+        """How many keys and values the pass is handed, in each part."""
         if self.hands_out_slots:
             return self.num_held
-        num_copies = self.window.num_sinks * self.num_columns
+        num_copies = self.window.num_sinks * self.part_length
+        if self.num_parts > 1:
+            return num_copies + self.num_recent_in_part
         return num_copies + self.recent_before.stop - self.recent_before.start + self.num_columns
+
+    @property
+    def part_length(self) -> int:
+        return self.num_columns // self.num_parts
+
+    @property
+    def num_recent_in_part(self) -> int:
+        """The tokens that any query of a part sees, but for the sinks: it itself and those before it."""
+        return self.window.num_recent + self.part_length - 1
+
+    def joined(self, states: torch.Tensor) -> torch.Tensor:
+        """The states of a pass in parts, `[batch * parts, heads, part_length, head_dim]`, as `[batch, heads, num_columns, head_dim]`."""
+        return states if self.num_parts == 1 else states.unflatten(0, (-1, self.num_parts)).transpose(1, 2).flatten(2, 3)
+
+    def in_parts(self, sinks: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
+        """What the parts are handed: `[batch * parts, heads, kv_length, head_dim]`.
+
+        Args:
+            sinks: one copy for each query, `[batch, heads, num_columns, num_sinks, head_dim]`.
+            recent: the tokens before the pass and its own, in order, `[batch, heads, num_recent + num_columns, head_dim]`.
+        """
+        sinks = sinks.unflatten(2, (self.num_parts, -1)).flatten(3, 4)
+        recent = recent[:, :, 1:].unfold(2, self.num_recent_in_part, self.part_length).transpose(3, 4)
+        batch_size, num_heads, num_parts, num_copies, head_dim = sinks.shape
+        room = self._room((batch_size * num_parts, num_heads, self.kv_length, head_dim), sinks)
+        parts = room.unflatten(0, (batch_size, num_parts)).transpose(1, 2)
+        parts[:, :, :, :num_copies], parts[:, :, :, num_copies:] = sinks, recent
+        return room
+
+    def _room(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """For what a layer is handed. On a CPU, memory that is new to the process costs more than the copies into it: so that of a layer
+        before is used again, once nobody refers to it or to a view of it any more."""
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        for room, num_users in self._rooms:
+            if room.shape == shape and room.dtype == like.dtype and _num_users(room) == num_users:
+                return room.view(shape)
+        room = like.new_empty(shape)
+        self._rooms.append((room, _num_users(room)))
+        return room.view(shape)
 
     def _locate(self) -> None:
         """Where each new token is written, and which of them are still held after the pass."""
@@ -907,7 +977,7 @@ class Step:
         self.order = window.slot(token.clamp(min=0))
 
     def visible(self) -> torch.Tensor:
-        """What each query sees: bool, `[rows, columns, kv_length]`."""
+        """What each query sees: bool, `[rows, columns, kv_length]`; in parts, `[1, part_length, kv_length]`, as they are all alike."""
         window, device = self.window, self.device
         if self.is_causal and self.num_columns == 1:
             return torch.ones(1, 1, self.num_held, dtype=torch.bool, device=device)
@@ -920,7 +990,10 @@ class Step:
             token = window.token(slot, last)[:, None]
             # A padding query sees slot 0: what it computes is never used, but must be a number.
             return window.sees(query.clamp(min=0), token)
-        own_copy = torch.eye(self.num_columns, dtype=torch.bool, device=device).repeat_interleave(window.num_sinks, 1)
+        own_copy = torch.eye(self.part_length, dtype=torch.bool, device=device).repeat_interleave(window.num_sinks, 1)
+        if self.num_parts > 1:
+            distance = torch.arange(self.num_recent_in_part, device=device) - torch.arange(self.part_length, device=device)[:, None]
+            return torch.cat([own_copy, (distance >= 0) & (distance < window.num_recent)], dim=-1)[None]
         sink = torch.arange(window.num_sinks, device=device).repeat(self.num_columns)
         sinks = own_copy & (sink <= query)
         slot = torch.arange(self.recent_before.start, self.recent_before.stop, device=device)
@@ -988,6 +1061,11 @@ class Cursor:
             held.index_copy_(2, slots[0], new)
         else:
             held[self.rows[:, None], :, slots] = new.transpose(1, 2)
+
+
+def _num_users(tensor: torch.Tensor) -> int:
+    """How many tensors, in Python or not, use the memory of this one."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def _keep_in_place(*tensors: torch.Tensor) -> None:
@@ -1094,7 +1172,10 @@ class States:
         if self._moves_sinks:
             sinks = turned(self.rotation.with_partners(sinks), self._copies_turn).to(held.dtype)
         sinks = sinks.expand(-1, -1, step.num_columns, -1, -1)
-        handed_out = torch.cat([sinks.flatten(2, 3), held[:, :, step.recent_before], new], dim=2)
+        if step.num_parts > 1:
+            handed_out = step.in_parts(sinks, torch.cat([_take_slots(held, step.recent_slots), new], dim=2))
+        else:
+            handed_out = torch.cat([sinks.flatten(2, 3), held[:, :, step.recent_before], new], dim=2)
         held[step.rows, :, step.slots] = new[step.rows, :, step.columns]
         return handed_out
 
@@ -1915,12 +1996,17 @@ class Pass:
 
     steps: dict[Window, Step]
     num_columns: int
+    num_parts: int  # rows of the batch that come for each row of the cache (`Step`)
     num_seen_after: list[int]
     can_be_repeated: bool  # nothing that a second try would need is overwritten
     is_at_cursor: bool  # one token a row, in static mode
     input_ids: torch.Tensor | None = None
     layers_done: set[int] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)  # which began it
+
+    @property
+    def part_length(self) -> int:
+        return self.num_columns // self.num_parts
 
 
 class SinkLayer:
@@ -2264,6 +2350,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        num_parts: int = 1,
     ) -> dict:
         """The arguments with which the model takes the next tokens: `model(**cache.prepare(input_ids))`.
 
@@ -2271,6 +2358,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
             input_ids: the new tokens, `[batch, num_columns]`. Rows may go on by different numbers of tokens, padded on the left.
             attention_mask: 1 for a token and 0 for padding, for the new columns or for all so far: only the last ones are read.
             inputs_embeds: embeddings in place of ids, `[batch, num_columns, hidden]`.
+            num_parts: for long passes over a full window, which are faster if the model takes each row as so many: its logits then are
+                `[batch * num_parts, num_columns / num_parts, vocab]`. `num_parts_of` says how many are best.
 
         Raises:
             ValueError: what is passed does not fit to the cache or can't be processed exactly. The cache is as before.
@@ -2287,13 +2376,17 @@ class SinkCache(NotesRecurrentLayers, Cache):
                     "for tokens that the cache has seen."
                 )
             num_new = count_tokens(attention_mask[:, -num_columns:])
-        self._begin(batch_size, num_columns, num_new)
+        if num_parts > 1:
+            self._check_parts(num_columns, num_new, num_parts)
+        self._begin(batch_size, num_columns, num_new, num_parts=num_parts)
         self._pass.input_ids = input_ids
 
         if self._is_at_cursor:  # a graph is made for one layout
             tokens = tokens.clone(memory_format=torch.contiguous_format)
+        if num_parts > 1:
+            tokens = tokens.unflatten(1, (num_parts, -1)).flatten(0, 1)
         inputs = {"input_ids" if inputs_embeds is None else "inputs_embeds": tokens}
-        inputs |= {"past_key_values": self, "use_cache": True, "attention_mask": self._attention_mask(tokens.device)}
+        inputs |= {_cache_name(self._accepted): self, "use_cache": True, "attention_mask": self._attention_mask(tokens.device)}
         if "position_ids" in self._accepted:
             inputs["position_ids"] = self._position_ids(tokens.device)
         if "cache_position" in self._accepted and (self._is_at_cursor or self._traits.is_chunked):
@@ -2317,9 +2410,10 @@ class SinkCache(NotesRecurrentLayers, Cache):
             self._begin_unprepared(key_states.shape[0], key_states.shape[2])
         current = self._pass
         is_first = not current.layers_done
-        if is_first and (key_states.shape[2] != current.num_columns or key_states.shape[0] != self._batch_size):
+        num_rows = self._batch_size * current.num_parts
+        if is_first and (key_states.shape[2] != current.part_length or key_states.shape[0] != num_rows):
             raise ValueError(
-                f"The pass was prepared for {self._batch_size} rows of {current.num_columns} tokens, and the model brings "
+                f"The pass was prepared for {num_rows} rows of {current.part_length} tokens, and the model brings "
                 f"{key_states.shape[0]} rows of {key_states.shape[2]}. Call the model with exactly what `prepare` returns."
             )
         if not key_states.dtype == value_states.dtype == layer.group.traits.dtype:
@@ -2329,7 +2423,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
                 "the cache was made, make a new one."
             )
         keys, values = layer.group.states
-        held = keys.update(layer.index, key_states), values.update(layer.index, value_states)
+        new_keys, new_values = (keys.step.joined(states) for states in (key_states, value_states))
+        held = keys.update(layer.index, new_keys), values.update(layer.index, new_values)
         self._kv_length = held[0].shape[2]
         current.layers_done.add(layer_idx)
         if len(current.layers_done) == self._num_layers:
@@ -2427,7 +2522,9 @@ class SinkCache(NotesRecurrentLayers, Cache):
 
     @_one_thread_at_a_time
     @torch.inference_mode(False)  # what is made here may be changed in any mode
-    def _begin(self, batch_size: int, num_columns: int, num_new: list[int], is_prepared: bool = True) -> None:
+    def _begin(
+        self, batch_size: int, num_columns: int, num_new: list[int], is_prepared: bool = True, num_parts: int = 1
+    ) -> None:
         """Decide all that a pass does. Nothing is changed before everything has been checked."""
         self._require_model()
         model = self._model()
@@ -2474,7 +2571,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
             num_seen, num_new, num_seen_after, base = num_seen[:1], num_new[:1], num_seen_after[:1], base[:1]
         self._num_seen, self._base = num_seen, base
         device = self._groups[0].traits.device
-        steps = {w: Step(w, num_seen, num_new, num_columns, base, device, self._traits.is_ordered) for w in self._windows}
+        arguments = num_seen, num_new, num_columns, base, device, self._traits.is_ordered, num_parts
+        steps = {window: Step(window, *arguments) for window in self._windows}
         at_cursor = self.is_static and is_prepared and num_columns == min(num_new) == 1
         is_recording = self._is_recording
         for group in self._groups:
@@ -2491,7 +2589,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         self._is_at_cursor, self.layers_reached = at_cursor, set()
         quantizes = self.quantization is not None and num_columns > 1
         can_be_repeated = not evicts and not quantizes and not self._traits.is_recurrent
-        self._pass = Pass(steps, num_columns, num_seen_after, can_be_repeated, at_cursor)
+        self._pass = Pass(steps, num_columns, num_parts, num_seen_after, can_be_repeated, at_cursor)
 
     def _check_padding(self, num_seen: list[int], num_new: list[int], num_columns: int) -> None:
         for row, (seen, new) in enumerate(zip(num_seen, num_new) if self._traits.is_recurrent else ()):
@@ -2539,6 +2637,33 @@ class SinkCache(NotesRecurrentLayers, Cache):
             back.append(seen - start - lowest if is_due or seen - start < lowest else 0)
         return back
 
+    def num_parts_of(self, num_columns: int) -> int:
+        """In how many parts a pass of so many columns, none of them padding, is at its fastest: more than one where the window is full,
+        and longer than a few tokens. Only some numbers of columns can be divided: the nearest below is `num_columns` rounded down to a
+        multiple of it."""
+        return max(1, round(num_columns / self._window.part_length)) if self.takes_parts else 1
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether the next pass may come in parts: all rows have full windows, and the model looks at nothing but positions, masks and
+        what it is handed to tell where in its row a token is."""
+        self._require_model()
+        traits = self._traits
+        is_plain = not (traits.is_recurrent or traits.is_ordered or traits.is_chunked or traits.is_indexed)
+        return is_plain and min(self._num_seen) >= self.window_length
+
+    def _check_parts(self, num_columns: int, num_new: list[int], num_parts: int) -> None:
+        self._require_model()
+        reason = None
+        if num_columns % num_parts:
+            reason = f"{num_columns} tokens can't be divided into parts of one length"
+        elif min(num_new) < num_columns:
+            reason = "a row has padding"
+        elif not self.takes_parts:
+            reason = "a window is not full yet, or the model has layers that go through a row from its begin to its end"
+        if reason is not None:
+            raise ValueError(f"num_parts={num_parts} can't be used for this pass: {reason}. Take num_parts_of(num_columns).")
+
     @property
     def num_columns_at_once(self) -> int:
         """The longest next pass that does not cross an edge: of the window while it is filling, then of the small positions."""
@@ -2574,7 +2699,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
             names = [name for name in self._mask_names(group) if name not in masks]
             if names:  # else made for such layers on another device
                 mask = _as_mask(steps[group.window].visible()[:, None].to(device), self._mask_dtype(group))
-                masks |= dict.fromkeys(names, mask.expand(self._batch_size, -1, -1, -1))
+                masks |= dict.fromkeys(names, mask.expand(self._batch_size * self._pass.num_parts, -1, -1, -1))
         return self._by_type(masks, padding)
 
     def _by_type(self, masks: dict[str | None, torch.Tensor], padding: torch.Tensor | None) -> dict | torch.Tensor:
@@ -2620,7 +2745,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         return mask.long().expand(self._batch_size, -1)
 
     def _position_ids(self, device: torch.device) -> torch.Tensor:
-        """`[batch, num_columns]`: token numbers less the base of the row; padding stands at 0."""
+        """`[batch, num_columns]`, or in parts: token numbers less the base of the row; padding stands at 0."""
         num_columns = self._pass.num_columns
         stop = [after - start for after, start in zip(self._pass.num_seen_after, self._base)]
         if len(stop) == num_columns == 1:
@@ -2630,7 +2755,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         else:
             positions = torch.arange(-num_columns, 0, device=device) + torch.tensor(stop, device=device)[:, None]
             positions = positions.clamp(min=0)
-        return positions.expand(self._batch_size, -1).contiguous()  # of one layout, whatever the rows are
+        return positions.expand(self._batch_size, -1).reshape(-1, self._pass.part_length).contiguous()  # of one layout, whatever the rows are
 
     def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the keys that a pass will be handed, for the mask that a model makes by itself.
@@ -2650,7 +2775,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
         """Where the queries of a pass stand among the keys they are handed: at their end."""
         window = self._window_at(layer_idx)
         if self._pass is not None and not self._pass.layers_done:
-            return self._pass.steps[window].kv_length - self._pass.num_columns
+            return self._pass.steps[window].kv_length - self._pass.part_length
         return min(self.num_tokens_seen, window.length - 1)
 
     def _window_at(self, layer_idx: int) -> Window:
@@ -3171,11 +3296,11 @@ OFFLOADED = ("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hyb
 DRAFTING_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 # Those that are carried out here, and not in transformers.
 OUR_OPTIONS = (
-    "past_key_values attention_mask cache_implementation cache_config guidance_scale negative_prompt_ids negative_prompt_attention_mask "
+    "cache attention_mask cache_implementation cache_config guidance_scale negative_prompt_ids negative_prompt_attention_mask "
     "assistant_early_exit".split()
 )
 # What `SinkCache.prepare` brings.
-PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
+PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", *CACHE_NAMES)
 # Tensors that `generate` takes: what else comes with each token of a prompt is refused.
 PROMPTS = ("input_ids", "inputs_embeds", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
 # What `generate` makes longer with each token, and the cache has no need of.
@@ -3192,11 +3317,14 @@ NOT_WITH_GUIDANCE = ("num_beams", *DRAFTING_OPTIONS)
 
 
 def _with_its_cache(function):
-    """Of `generate`: refuse a cache that another call is using, before it is looked at."""
+    """Of `generate`: take a cache by either name, and refuse one that another call is using, before it is looked at."""
 
     @functools.wraps(function)
     def guarded(*args, **kwargs):
-        cache = kwargs.get("past_key_values")
+        caches = [cache for cache in [kwargs.pop(name, None) for name in CACHE_NAMES] if cache is not None]
+        if len(caches) > 1:
+            raise ValueError("A cache is passed twice, as cache and as past_key_values. Leave one of them out.")
+        cache = kwargs["cache"] = caches[0] if caches else None
         with cache.in_one_call() if _is_sink_cache(cache) else contextlib.nullcontext():
             return function(*args, **kwargs)
 
@@ -3232,8 +3360,9 @@ def generate(
         cache_implementation: "static" for a cache that never moves. On a GPU transformers then compiles the forward pass, as
             `compile_config` says; elsewhere, compile the model. "quantized" as `cache_config` says, a dict of options of
             `Quantization`; or "offloaded" to the memory of the host.
-        past_key_values: a `SinkCache` to continue, with either the whole history in `input_ids`, or its last `window_length` tokens,
-            or only what the cache has not seen: that is `sequences[:, cache.get_seq_length():]` and what comes after it.
+        past_key_values, or cache (as transformers says since 5.24): a `SinkCache` to continue, with either the whole history in
+            `input_ids`, or its last `window_length` tokens, or only what the cache has not seen: that is
+            `sequences[:, cache.get_seq_length():]` and what comes after it.
         guidance_scale: as in transformers, with a second cache of the same window for the second text. That one begins anew with each
             call, with `negative_prompt_ids`; to go on with it, pass the whole of it there.
 
@@ -3289,9 +3418,9 @@ def generate(
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             synced_gpus=synced_gpus,
             streamer=streamer,
-            past_key_values=cache,
             # Padding is the cache's business, and a mask of ones need not be extended at each step.
             attention_mask=torch.ones(prompt.tokens.shape[:2], dtype=torch.long, device=_input_device(model)),
+            **{CACHE_NAME: cache},
             **{name: value for name, value in kwargs.items() if name not in OUR_OPTIONS},
         )
         sequences = (outputs if isinstance(outputs, torch.Tensor) else outputs.sequences).clone()  # ordinary ids, without room
@@ -3311,21 +3440,22 @@ def generate(
     cache.unseen_token_ids = last.tolist() if last is not None and len(sequences) == cache.batch_size else None
     if isinstance(outputs, torch.Tensor):
         return sequences
-    outputs.sequences, outputs.past_key_values = sequences, cache
+    outputs.sequences = sequences
+    setattr(outputs, CACHE_NAME, cache)
     return outputs
 
 
 def _cache_to_use(model: torch.nn.Module, kwargs: dict, window_length: int | None, num_sink_tokens: int | None) -> "SinkCache":
     """The cache that is passed, if it is what is asked for; else a new one."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs["cache"]
     if cache is not None and not isinstance(cache, Cache):
-        raise ValueError(f"past_key_values must be a Cache, got {cache!r:.50} ({type(cache).__name__}).")
+        raise ValueError(f"The cache that is passed must be a Cache, got {cache!r:.50} ({type(cache).__name__}).")
     mode = _mode(_asked(kwargs, "cache_implementation"), _asked(kwargs, "cache_config"))
     if cache is not None and (_is_sink_cache(cache) or cache.get_seq_length() > 0):
         _check_cache(cache, window_length, num_sink_tokens, mode)
         return cache
     if cache is not None:
-        logger.warning("past_key_values is an empty %s. It stays so: a SinkCache takes its place.", type(cache).__name__)
+        logger.warning("The cache that is passed is an empty %s. It stays so: a SinkCache takes its place.", type(cache).__name__)
     asked = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     asked = {name: _option(model, kwargs, name) if value is None else value for name, value in asked.items()}
     return SinkCache(**{name: value for name, value in asked.items() if value is not None}, **mode)
@@ -3342,6 +3472,11 @@ class Prompt:
     @property
     def num_columns(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def begins_without_padding(self) -> bool:
+        """And so, as padding is on the left, has none."""
+        return self.mask is None or bool(self.mask[:, 0].all())
 
     @property
     def arguments(self) -> dict:
@@ -3420,7 +3555,7 @@ class Feed:
 
         @functools.wraps(model.prepare_inputs_for_generation)
         def prepare_inputs_for_generation(input_ids, *args, **kwargs):
-            others = model.prepare_inputs_for_generation(input_ids[:, -1:], *args, **kwargs | {"past_key_values": None})
+            others = model.prepare_inputs_for_generation(input_ids[:, -1:], *args, **kwargs | {CACHE_NAME: None})
             others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
             return others | self._inputs_of_next_pass(input_ids, others)
 
@@ -3476,18 +3611,27 @@ class Feed:
         cache, rest = self.cache, self.prompt.to(_input_device(self.model))
         others = {name: value for name, value in others.items() if not name.startswith("output_")}
         as_written = _as_written(self.model)
-        filling, full = (self.chunk_size, self.chunk_size) if self.chunk_size is not None else DEFAULT_PREFILL_CHUNK_SIZE
         while True:
-            size = filling if cache.num_tokens_seen < cache.window_length else full
+            takes_parts = cache.takes_parts and rest.begins_without_padding
+            size = self.chunk_size or self._default_chunk_size(takes_parts)
             size = min(size, cache.num_columns_at_once, self._num_columns_alike(rest))
-            is_last = rest.num_columns <= (self.num_last or size)
+            num_parts = cache.num_parts_of(size) if takes_parts else 1
+            is_last = rest.num_columns <= (self.num_last or size // num_parts)
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.synced_gpus, device=rest.tokens.device):
                 return rest
             if is_last:
                 as_written(**others | _idle_pass(rest.tokens, rest.name))
             else:
-                chunk, rest = rest.split(min(size, rest.num_columns - (self.num_last or 0)))
-                as_written(**others | cache.prepare(**chunk.arguments))
+                size = min(size, rest.num_columns - (self.num_last or 1))
+                num_parts = min(num_parts, cache.num_parts_of(size))
+                chunk, rest = rest.split(size // num_parts * num_parts)
+                as_written(**others | cache.prepare(**chunk.arguments, num_parts=num_parts))
+
+    def _default_chunk_size(self, takes_parts: bool) -> int:
+        filling, full, undivided = DEFAULT_PREFILL_CHUNK_SIZES
+        if self.cache.num_tokens_seen < self.cache.window_length:
+            return filling
+        return max(min(full, MAX_SINK_COPIES // max(self.cache.num_sink_tokens, 1)), undivided) if takes_parts else undivided
 
     def _num_columns_alike(self, rest: Prompt) -> int:
         """How many columns of the rest may come in one pass: where there are recurrent states, those in which rows that go on are either
@@ -3697,11 +3841,11 @@ class Drafter:
             logits_processor=logits_processor,
             min_new_tokens=min_new_tokens,
             max_new_tokens=max_new_tokens,
-            past_key_values=self.cache,
             attention_mask=torch.ones_like(input_ids),
+            **{CACHE_NAME: self.cache},
         )
         self.text, outputs.sequences = outputs.sequences.clone(), outputs.sequences.clone()
-        outputs.past_key_values = None  # else transformers takes tokens back, by a count of its own
+        setattr(outputs, CACHE_NAME, None)  # else transformers takes tokens back, by a count of its own
         return outputs
 
     def _take_back(self, input_ids: torch.Tensor) -> None:
@@ -3808,7 +3952,7 @@ def _unseen(prompt: Prompt, cache: SinkCache, num_copies: int) -> Prompt:
     num_rows, num_columns = tokens.shape[:2]
     if cache.batch_size not in (-1, num_rows):
         raise ValueError(
-            f"The cache in past_key_values holds {cache.batch_size} rows, and the prompt has {num_rows}. Pass as many rows, a new "
+            f"The cache that is passed holds {cache.batch_size} rows, and the prompt has {num_rows}. Pass as many rows, a new "
             "cache, or one brought to that size with batch_select_indices or batch_repeat_interleave."
         )
     num_seen = cache.get_seq_length()
@@ -3879,8 +4023,8 @@ def _num_already_seen(cache: SinkCache, row: int, num_tokens: int, ids: torch.Te
     elif known is not None and unseen is not None and int(ids[0]) != unseen[row]:
         hint = f" New tokens have to begin with the last one that was returned, {unseen[row]}, which the cache has not seen."
     raise ValueError(
-        f"Can't tell which of the {num_tokens} tokens passed for row {row} are new: they do not continue the {num_seen} that the cache in "
-        f"past_key_values has seen.{hint} If the text was decoded and tokenized again, keep the ids: torch.cat([sequences, new_ids], "
+        f"Can't tell which of the {num_tokens} tokens passed for row {row} are new: they do not continue the {num_seen} that the cache "
+        f"has seen.{hint} If the text was decoded and tokenized again, keep the ids: torch.cat([sequences, new_ids], "
         f"1). Pass the whole text, its last {cache.window_length} tokens (no more, no less), or only what the cache has not seen, "
         "sequences[:, cache.get_seq_length():] and then the new ids, with an attention_mask for the whole text; with padding, pass "
         "attention_mask in any case. For another text, pass a new cache."
@@ -3946,13 +4090,13 @@ def _mode(cache_implementation: str | None, cache_config) -> dict:
 def _check_cache(cache, window_length: int | None, num_sink_tokens: int | None, mode: dict) -> None:
     if not _is_sink_cache(cache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__} that already holds tokens, and nobody knows their positions. Pass a "
+            f"The cache that is passed is a {type(cache).__name__} that already holds tokens, and nobody knows their positions. Pass a "
             "SinkCache, or none."
         )
     for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
         if value is not None and value != getattr(cache, name):
             raise ValueError(
-                f"{name}={value} was asked for, and the cache in past_key_values was made with {getattr(cache, name)}. Leave the "
+                f"{name}={value} was asked for, and the cache that is passed was made with {getattr(cache, name)}. Leave the "
                 "argument out, or pass a new cache."
             )
     quantization, options = cache.quantization, mode.get("quantized")
@@ -3963,12 +4107,12 @@ def _check_cache(cache, window_length: int | None, num_sink_tokens: int | None, 
     ):
         if name in mode and not is_so:
             raise ValueError(
-                f'cache_implementation="{name}" was asked for, and the cache in past_key_values is not {name}. Leave the argument out, or '
+                f'cache_implementation="{name}" was asked for, and the cache that is passed is not {name}. Leave the argument out, or '
                 f"pass a new cache, made with {argument}."
             )
     if options and vars(Quantization.of(options)) != vars(quantization):
         raise ValueError(
-            f"cache_config={options} was asked for, and the cache in past_key_values was made with {quantization}. Leave the argument "
+            f"cache_config={options} was asked for, and the cache that is passed was made with {quantization}. Leave the argument "
             "out, or pass a new cache."
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from common import storage_bytes  # first: it says where `generate` is found
-from generate import Rotation, model_traits
+from generate import CACHE_NAME, Rotation, model_traits
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, QuantizedCache, StaticCache
 
 PREFILL_CHUNK_LENGTH = 1024
@@ -51,7 +51,7 @@ class Decoder:
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Logits `[batch, 1, vocab]` for `token`, `[batch, 1]`."""
-        return self.model(token, past_key_values=self.cache).logits
+        return self.model(token, **{CACHE_NAME: self.cache}).logits
 
     def rewind(self) -> None:
         """Between turns, off the clock: back to the length before the turn, where there is one."""
@@ -64,7 +64,7 @@ class Decoder:
 def fill(model, cache, prompt: torch.Tensor):
     """The cache, after the model has read the prompt with it."""
     for chunk in prompt.split(PREFILL_CHUNK_LENGTH, dim=1):
-        model(chunk, past_key_values=cache, logits_to_keep=1)
+        model(chunk, **{CACHE_NAME: cache}, logits_to_keep=1)
     return cache
 
 
@@ -244,7 +244,7 @@ class RerotatingDecoder(Decoder):
     def step(self, token: torch.Tensor) -> torch.Tensor:
         position = min(self.cache.get_seq_length(), self.cache.window_length - 1)
         position_ids = torch.full((1, 1), position, device=token.device)
-        return self.model(token, past_key_values=self.cache, position_ids=position_ids).logits
+        return self.model(token, **{CACHE_NAME: self.cache}, position_ids=position_ids).logits
 
 
 class RotatingAtReadDecoder(Decoder):
@@ -255,7 +255,7 @@ class RotatingAtReadDecoder(Decoder):
         self.zero = torch.zeros(1, 1, dtype=torch.long, device=setup.prompt.device)
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        return self.model(token, past_key_values=self.cache, position_ids=self.zero).logits
+        return self.model(token, **{CACHE_NAME: self.cache}, position_ids=self.zero).logits
 
 
 class RecomputingDecoder(Decoder):

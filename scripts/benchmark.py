@@ -46,7 +46,7 @@ from baselines import (
     native_window_model,
 )
 from common import DEFAULT_NUM_SINK_TOKENS, DTYPES, add_model_arguments, count, describe_run, load_weights, rounded, storage_bytes
-from generate import SinkCache, generate
+from generate import CACHE_NAME, SinkCache, generate
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
 
@@ -155,7 +155,7 @@ def stream_sink_generate(model, setup: Setup, num_tokens: int, clock: "TokenCloc
 
 def stream_own_generate(model, setup: Setup, num_tokens: int, clock: "TokenClock") -> None:
     clock.cache = DynamicCache(config=model.config)
-    model.generate(setup.prompt, past_key_values=clock.cache, max_new_tokens=num_tokens, do_sample=False, streamer=clock)
+    model.generate(setup.prompt, **{CACHE_NAME: clock.cache}, max_new_tokens=num_tokens, do_sample=False, streamer=clock)
 
 
 def stream_native_window(model, setup: Setup, num_tokens: int, clock: "TokenClock") -> None:
@@ -526,7 +526,7 @@ def measure_prefill(args, model, window_length: int, batch_size: int, report: Re
         cache, taken = DynamicCache(config=model.config), 0.0
         length = max(min(prompt.shape[1], args.max_dynamic_length) // chunk_length, 1) * chunk_length
         for chunk in prompt[:, :length].split(chunk_length, dim=1):
-            taken += milliseconds(lambda: model(chunk, past_key_values=cache, logits_to_keep=1), model.device)
+            taken += milliseconds(lambda: model(chunk, **{CACHE_NAME: cache}, logits_to_keep=1), model.device)
             if cache.get_seq_length() in (chunk_length, length):
                 note(taken, cache, "dynamic", chunk_length, cache.get_seq_length())
 
@@ -564,7 +564,7 @@ def measure_chunk(args, model, window_length: int, batch_size: int, chunk_length
     fill(model, dynamic, random_ids(model, batch_size, num_keys - chunk_length, args.seed))
     passes = {
         "sink": lambda: model(**sink.prepare(chunk), logits_to_keep=1),
-        "dynamic": lambda: model(chunk, past_key_values=dynamic, logits_to_keep=1),
+        "dynamic": lambda: model(chunk, **{CACHE_NAME: dynamic}, logits_to_keep=1),
     }
     times: dict[str, list[float]] = {name: [] for name in passes}
     for number in range(1 + args.num_rounds):

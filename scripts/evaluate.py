@@ -43,7 +43,7 @@ from pathlib import Path
 import torch
 import transformers
 from common import ROOT, add_model_arguments, count, describe_run, load_model, rounded, storage_bytes
-from generate import SinkCache
+from generate import CACHE_NAME, SinkCache
 from stdlib_text import stdlib_text, unseen_text
 from tqdm import tqdm
 
@@ -186,8 +186,8 @@ class FullReader:
 
     def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, slice]:
         """The next tokens, `[batch, num_columns]` -> logits `[batch, num_predictions, vocab]`, and of which columns they are."""
-        outputs = self.model(tokens, past_key_values=self.cache, use_cache=True)
-        self.cache = outputs.past_key_values
+        outputs = self.model(tokens, **{CACHE_NAME: self.cache}, use_cache=True)
+        self.cache = outputs[CACHE_NAME]
         return outputs.logits, slice(None)
 
     @property

@@ -64,7 +64,7 @@ OPTIONS = [
     works("inputs input_ids attention_mask", "test_generate.py::test_left_padded_prompts_of_very_different_lengths", "padding on the left"),
     works("inputs_embeds", "test_generate.py::test_embeddings_in_place_of_ids"),
     works("bos_token_id", "test_modes.py::test_bos_token_id_in_place_of_a_prompt", "in place of a prompt"),
-    works("past_key_values", "test_generate.py::test_several_turns_with_one_cache", "a `SinkCache` to continue"),
+    works("past_key_values cache", "test_generate.py::test_several_turns_with_one_cache", "a `SinkCache` to continue; by either name with every release"),
     works("generation_config", "test_modes.py::test_a_generation_config_says_the_same_as_arguments"),
     works("max_length max_new_tokens", LENGTHS, "of the text, not of the window"),
     works("min_length min_new_tokens", PROCESSORS),

@@ -21,15 +21,18 @@ def random_ids(num_tokens: int = NUM_TOKENS, seed: int = 1, num_rows: int = 1) -
 
 
 @torch.no_grad()
-def feed(model, cache: SinkCache, input_ids: torch.Tensor, sizes: list[int], attention_mask=None) -> torch.Tensor:
-    """Logits `[batch, num_tokens, vocab]` of a stream that is fed in passes of these sizes."""
-    assert sum(sizes) == input_ids.shape[1]
+def feed(model, cache: SinkCache, input_ids: torch.Tensor, sizes: list[int | tuple[int, int]], attention_mask=None) -> torch.Tensor:
+    """Logits `[batch, num_tokens, vocab]` of a stream that is fed in passes of these sizes: `(size, num_parts)` is one in parts, where
+    the model takes such passes."""
     logits, start = [], 0
     for size in sizes:
+        size, num_parts = size if isinstance(size, tuple) else (size, 1)
         columns = slice(start, start + size)
         mask = None if attention_mask is None else attention_mask[:, columns]
-        logits.append(model(**cache.prepare(input_ids[:, columns], mask)).logits)
+        inputs = cache.prepare(input_ids[:, columns], mask, num_parts=num_parts if cache.takes_parts else 1)
+        logits.append(model(**inputs).logits.unflatten(0, (len(input_ids), -1)).flatten(1, 2))
         start += size
+    assert start == input_ids.shape[1]
     return torch.cat(logits, dim=1)
 
 

@@ -87,8 +87,8 @@ def test_a_prompt_goes_through_once_not_once_for_each_beam(model):
         generate(random_ids(26), model=model, num_beams=3, max_new_tokens=3, **WINDOW)
     finally:
         handle.remove()
-    assert sum(num_rows * num_columns for num_rows, num_columns in rows if num_rows == 1) == 25
-    assert [shape for shape in rows if shape[0] != 1] == 3 * [(3, 1)]
+    assert sum(num_rows * num_columns for num_rows, num_columns in rows[:-3]) == 25  # a long pass comes in parts, as so many rows
+    assert rows[-3:] == 3 * [(3, 1)]
 
 
 @pytest.mark.parametrize("num_return_sequences", [1, 2, 3])

@@ -46,6 +46,68 @@ def assert_goes_on(model, cache: SinkCache, streams: torch.Tensor, num_seen: int
         assert_same(logits[row : row + 1], oracle_logits(model, stream[None], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, num_seen:])
 
 
+@pytest.mark.parametrize("num_tokens, num_parts", [(12, 3), (12, 12), (30, 2), (5, 1), (1, 1)])
+@pytest.mark.parametrize("num_seen", FILL_LEVELS[3:])
+def test_a_pass_in_parts_is_a_pass_like_any_other(model, num_seen, num_tokens, num_parts):
+    """Rows of its own, longer and shorter than the window, and then on: what is written is what it would be undivided."""
+    cache, streams = filled(model, num_seen, num_rows=2)
+    feed(model, cache, streams[:, num_seen : num_seen + num_tokens], [(num_tokens, num_parts)])
+    assert cache.num_tokens_seen == num_seen + num_tokens
+    undivided, _ = filled(model, num_seen, num_rows=2)
+    feed(model, undivided, streams[:, num_seen : num_seen + num_tokens], [num_tokens])
+    more = random_ids(20, seed=9, num_rows=2)
+    assert_same(feed(model, cache, more, [1] * 20), feed(model, undivided, more, [1] * 20))
+
+
+def test_how_many_parts(model):
+    """None while the window is filling; then as many as make them short, and a pass of that many can be prepared."""
+    cache = new_cache(model)
+    assert cache.num_parts_of(100) == 1
+    feed(model, cache, random_ids(15), [15])
+    assert cache.num_parts_of(100) == 1
+    feed(model, cache, random_ids(1), [1])
+    assert [cache.num_parts_of(num) for num in (1, 4, 8, 12, 100)] == [1, 1, 2, 3, 25]
+    assert Window(256, 4).part_length == 32 and Window(4096, 4).part_length == 256 and Window(1, 0).part_length == 1
+
+
+def test_what_can_not_come_in_parts_is_refused(model):
+    """The message says why; and the cache is as before."""
+    cache, streams = filled(model, 15, num_rows=2)
+    with pytest.raises(ValueError, match="num_parts=2 can't be used for this pass: a window is not full yet.*num_parts_of"):
+        cache.prepare(streams[:, 15:25], num_parts=2)
+    feed(model, cache, streams[:, 15:16], [1])
+    with pytest.raises(ValueError, match="10 tokens can't be divided into parts of one length"):
+        cache.prepare(streams[:, 16:26], num_parts=3)
+    with pytest.raises(ValueError, match="a row has padding"):
+        cache.prepare(streams[:, 16:26], torch.tensor([[0] + 9 * [1], 10 * [1]]), num_parts=2)
+    assert_goes_on(model, cache, streams, 16)
+    with pytest.raises(ValueError, match="Make it with SinkCache.from_model"):
+        SinkCache().num_parts_of(5)
+    model = build_recurrent_model("lfm2")
+    recurrent = new_cache(model)
+    feed(model, recurrent, random_ids(20), [20])
+    assert recurrent.num_parts_of(100) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_layer_may_keep_what_it_was_handed(model, mode):
+    """The memory of what one layer was handed is used for the next (the test would mean nothing if not), but for what is still in use:
+    models whose layers share keys keep it, or a view of it."""
+    with mode():
+        step = Step(Window(6, 2), [9], [12], 12, [0], torch.device("cpu"), False, num_parts=3)
+
+        def handed_out():
+            return step.in_parts(torch.randn(1, 2, 12, 2, 8), torch.randn(1, 2, 4 + 12, 8))
+
+        first = handed_out().data_ptr()
+        assert handed_out().data_ptr() == first
+        kept = handed_out().transpose(1, 2)[..., 2:]
+        before = kept.clone()
+        others = [handed_out() for _ in range(3)]
+        assert kept.data_ptr() - first == 2 * kept.element_size() and len({each.data_ptr() for each in others}) == 3
+        assert kept.equal(before)
+
+
 def test_slots_of_tokens_by_hand():
     """Two sinks and a ring of three, written down: the ground truth that no formula was used for."""
     window = Window(length=5, num_sinks=2)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, left_padded, random_ids
 from families import TRANSFORMERS, build_model
-from generate import CACHE_OPTIONS, UNSUPPORTED_OPTIONS, SinkCache, generate
+from generate import CACHE_NAME, CACHE_OPTIONS, UNSUPPORTED_OPTIONS, SinkCache, generate
 from packaging import version
 from transformers import AutoModelForCausalLM, DynamicCache
 from zoo import ZOO_RELEASE, zoo_config
@@ -252,7 +252,7 @@ def test_what_prepare_returned_must_be_what_the_model_gets(model):
     cache = SinkCache.from_model(model, **WINDOW)
     inputs = cache.prepare(random_ids(5))
     with pytest.raises(ValueError, match="prepared for 1 rows of 5 tokens.*1 rows of 3"):
-        model(random_ids(3), past_key_values=inputs["past_key_values"])
+        model(random_ids(3), past_key_values=inputs[CACHE_NAME])
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_release_that_is_too_old(monkeypatch):
 def test_what_is_no_model_and_no_cache(untouched):
     with pytest.raises(ValueError, match=r"takes a loaded model, got 'gpt2' \(str\)"):
         SinkCache.from_model("gpt2")
-    with pytest.raises(ValueError, match=r"past_key_values must be a Cache, got \(1, 2\) \(tuple\)"):
+    with pytest.raises(ValueError, match=r"must be a Cache, got \(1, 2\) \(tuple\)"):
         generate(random_ids(5), model=untouched, past_key_values=(1, 2))
 
 

@@ -25,6 +25,7 @@ SPLITS = {
     "over-the-edge": [3, 30, 1, 1, 40, 5],
     "at-the-edge": [15, 1, 1, 63],
     "one-pass": [80],
+    "in-parts": [16, (8, 2), 1, (40, 5), (15, 15)],
 }
 
 
@@ -62,7 +63,7 @@ def test_a_row_does_not_depend_on_padding_or_other_rows(name, implementation):
     rest = stream[:, 32:].expand(3, -1)
     cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
     feed(model, cache, input_ids, [16] + [1] * 14 if name in ORDERED else [30], mask)
-    logits = feed(model, cache, rest, [1] * 48 if name in ORDERED else [1] * 20 + [9, 19])
+    logits = feed(model, cache, rest, [1] * 48 if name in ORDERED else [1] * 14 + [(6, 2), 9, (19, 1)])
     for row, prompt in enumerate(prompts):
         alone = torch.cat([prompt, stream[:, 32:]], dim=1)
         expected = oracle_logits(model, alone, WINDOW_LENGTH, NUM_SINK_TOKENS)

@@ -218,15 +218,18 @@ class CacheMachine(RuleBasedStateMachine):
             stream.recorded = [have + num for have, num in zip(stream.recorded, counts)]
 
     @torch.no_grad()
-    def run_pass(self, stream: Stream, counts: list[int]) -> None:
-        """One pass; where that is refused for a reason of the model, as few as it takes."""
+    def run_pass(self, stream: Stream, counts: list[int], max_parts: int = 1) -> None:
+        """One pass, in parts if it can be; where it is refused for a reason of the model, as few as it takes."""
         ids, mask = self.tokens(stream, counts)
         if max(counts) == 0:
             return
         before = stream.says()
         stream.knows_ids = stream.knows_ids or not any(stream.num_seen)
         try:
-            inputs = stream.cache.prepare(ids, None if bool(mask.all()) else mask)
+            can_be_divided = stream.cache.takes_parts and bool(mask.all())
+            num_parts = next(num for num in range(max_parts, 0, -1) if ids.shape[1] % num == 0) if can_be_divided else 1
+            operations["pass in parts"] += num_parts > 1
+            inputs = stream.cache.prepare(ids, None if bool(mask.all()) else mask, num_parts=num_parts)
         except ValueError as error:
             limit = stream.cache._traits.num_positions
             assert (
@@ -237,13 +240,19 @@ class CacheMachine(RuleBasedStateMachine):
             half = max(counts) // 2
             self.run_pass(stream, [max(num - half, 0) for num in counts])
             return self.run_pass(stream, [min(num, half) for num in counts])
-        logits = self.model(**inputs).logits
+        logits = self.model(**inputs).logits.unflatten(0, (len(ids), -1)).flatten(1, 2)
         stream.returned, stream.was_interrupted = None, False
         self.count_recorded(stream, counts)
         self.advance(stream, counts, logits)
 
-    @rule(stream=STREAM, num_rows=st.integers(1, 3), counts=COUNTS, chunk=st.one_of(st.none(), st.integers(1, 30)))
-    def feed(self, stream, num_rows, counts, chunk):
+    @rule(
+        stream=STREAM,
+        num_rows=st.integers(1, 3),
+        counts=COUNTS,
+        chunk=st.one_of(st.none(), st.integers(1, 30)),
+        max_parts=st.integers(1, 6),
+    )
+    def feed(self, stream, num_rows, counts, chunk, max_parts):
         """Any numbers of tokens, some rows possibly none, in one pass or in chunks of these columns."""
         operations["feed" if chunk is None else "feed in chunks"] += 1
         stream = self.streams[stream % len(self.streams)]
@@ -254,7 +263,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         while left:
             num = min(left, chunk or left)
-            self.run_pass(stream, [min(max(count - left + num, 0), num) for count in counts])
+            self.run_pass(stream, [min(max(count - left + num, 0), num) for count in counts], max_parts)
             left -= num
         self.check(stream)
 

@@ -3,12 +3,13 @@
 import copy
 import functools
 import pickle
+import warnings
 
 import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
 from families import ORDERED, build_model, first_served
-from generate import History, SinkCache, generate
+from generate import CACHE_NAME, History, SinkCache, generate
 from oracle import oracle_logits
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
 
@@ -63,13 +64,54 @@ def test_a_long_prompt_never_has_all_its_logits_in_memory(model, monkeypatch):
     @functools.wraps(forward)  # transformers looks at the signature
     def spy(self, *args, **kwargs):
         outputs = forward(self, *args, **kwargs)
-        seen.append((kwargs["input_ids"].shape[1], outputs.logits.shape[1]))
+        seen.append((kwargs["input_ids"].numel(), outputs.logits.shape[1]))
         return outputs
 
     monkeypatch.setattr(type(model), "forward", spy)
     generate(random_ids(1000), model=model, max_new_tokens=2, prefill_chunk_size=8, **WINDOW)
     assert max(tokens for tokens, _ in seen) <= 32 and max(logits for _, logits in seen) == 1
     assert sum(tokens for tokens, _ in seen) == 1001
+
+
+def test_a_long_prompt_over_a_full_window_comes_in_parts(model, monkeypatch):
+    """Would catch that all of it is undivided: as exact, and slower. What `generate` begins with is one part at most."""
+    shapes = []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    try:
+        outputs = generate(random_ids(100), model=model, max_new_tokens=2, **WINDOW, **RECORD)
+    finally:
+        handle.remove()
+    full, last = shapes[1:-2], shapes[-2]
+    assert shapes[0] == (1, WINDOW_LENGTH) and sum(rows * columns for rows, columns in shapes) == 101
+    assert len(full) > 2 and all(rows > 1 and 1 < columns <= 4 for rows, columns in full) and last[0] == 1 and last[1] <= 4
+    assert_logits_follow_the_rules(model, outputs, 100)
+
+
+@pytest.mark.parametrize("counts", [(70, 3), (3, 70), (50, 50)])
+def test_turns_of_several_lengths_for_rows_with_full_windows(model, counts):
+    """Padding comes in the middle of the texts here, where a pass can't come in parts."""
+    first = random_ids(30, num_rows=2, seed=4)
+    cache = SinkCache.from_model(model, **WINDOW)
+    text = generate(first, model=model, past_key_values=cache, max_new_tokens=2, do_sample=False, **WINDOW)
+    turns = [torch.cat([text[row : row + 1], random_ids(num, seed=row)], dim=1) for row, num in enumerate(counts)]
+    ids, mask = left_padded([turn[:, 31:] for turn in turns])
+    mask = torch.cat([torch.ones(2, 31, dtype=torch.long), mask], dim=1)
+    outputs = generate(ids, attention_mask=mask, model=model, past_key_values=cache, max_new_tokens=1, **RECORD)
+    for row, turn in enumerate(turns):
+        assert_same(outputs.logits[0][row : row + 1, None], oracle_logits(model, turn, **WINDOW)[:, -1:])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_taken_by_either_name_and_returned_by_that_of_the_release(model, name):
+    """`past_key_values` has become `cache` in transformers 5.24. What the release itself gets is by its own name, or it would warn."""
+    cache = SinkCache.from_model(model, **WINDOW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        outputs = generate(random_ids(20), model=model, max_new_tokens=2, return_dict_in_generate=True, **{name: cache})
+        assert model(**cache.prepare(outputs.sequences[:, -1:])).logits.shape[1] == 1
+    assert outputs[CACHE_NAME] is cache and outputs.past_key_values is cache and cache.num_tokens_seen == 22
+    with pytest.raises(ValueError, match="passed twice, as cache and as past_key_values"):
+        generate(random_ids(20), model=model, cache=cache, past_key_values=SinkCache(**WINDOW))
 
 
 def test_nothing_but_the_ids_grows_with_the_text(model, monkeypatch):

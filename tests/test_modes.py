@@ -277,14 +277,14 @@ def test_shapes_of_what_is_recorded_past_the_window(prefill_chunk_size):
     queries, what the window held, and its own tokens; all others have a column for each slot."""
     model = build_model("qwen3", "eager")
     chunk = prefill_chunk_size or 24 - 8  # of the last pass: a prompt is split where the window gets full
-    prompt = random_ids(8 + 3 * chunk if prefill_chunk_size else 24)
+    prompt = random_ids(8 + 3 * chunk + 1 if prefill_chunk_size else 24)
     record = {"output_attentions": True, "output_hidden_states": True, **RECORD}
     options = {"max_new_tokens": 32, "do_sample": False, "prefill_chunk_size": prefill_chunk_size}
     outputs = generate(prompt, model=model, **options, **record, **WINDOW)
     for name in ("scores", "logits", "attentions", "hidden_states"):
         assert len(outputs[name]) == 32
     last = outputs.hidden_states[0][0].shape[1]
-    assert last <= chunk
+    assert 1 < last <= chunk
     num_keys = NUM_SINK_TOKENS * last + (WINDOW_LENGTH - NUM_SINK_TOKENS) + last
     assert [layer.shape for layer in outputs.attentions[0]] == 3 * [(1, 4, last, num_keys)]
     assert [state.shape for state in outputs.hidden_states[0]] == 4 * [(1, last, 32)]

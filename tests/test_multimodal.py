@@ -42,8 +42,11 @@ def build(model_type: str):
 
 @pytest.mark.parametrize("model_type", [name for name in CLASSES if name != "paligemma"])
 def test_text_is_exact(model_type):
-    model = build(model_type)
-    input_ids = random_ids(60)
+    model, input_ids = build(model_type), random_ids(60)
+    try:
+        model(input_ids)
+    except AttributeError as error:  # Llama 4 in 5.24: it looks for images in any case
+        pytest.skip(f"transformers itself can't run it with text: {error}")
     expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
     for sizes in ([1] * 60, [3, 30, 1, 1, 25]):
         cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checks import assert_same, feed, interrupted_at, left_padded, random_ids
 from families import build_model
-from generate import Quantization, SinkCache, generate
+from generate import CACHE_NAME, Quantization, SinkCache, generate
 from oracle import TOLERANCE, oracle_logits
 from test_assisted import assistant_like
 
@@ -121,10 +121,11 @@ class Reference:
 def feed_on(model, cache: SinkCache, ids, sizes, passes: list, mask=None) -> torch.Tensor:
     """Logits of the next columns of `ids`. The passes are added to those of each row, as `Reference` wants them."""
     logits, start = [], max(cache.num_tokens_seen, 0) if mask is None else 0
-    for size in sizes:
+    for each_size in sizes:
+        size = each_size[0] if isinstance(each_size, tuple) else each_size
         before = cache.num_tokens_seen_by_row if cache.is_initialized else [0] * len(ids)
         columns = slice(start, start + size)
-        logits.append(feed(model, cache, ids[:, columns], [size], None if mask is None else mask[:, columns]))
+        logits.append(feed(model, cache, ids[:, columns], [each_size], None if mask is None else mask[:, columns]))
         for row, each in enumerate(passes):
             each.append((before[row], cache._base[row % len(cache._base)]))
         start += size
@@ -149,6 +150,7 @@ FEEDINGS = {
     "singly": [1] * NUM_TOKENS,
     "chunks": [20, 1, 1, 30, 1, 9, 40, 1, 17, 30],
     "one prompt": [110] + [1] * 40,
+    "in parts": [32, (20, 4), 1, (60, 5), (16, 2), 1, (20, 10)],
 }
 BACKENDS = [
     {"backend": "quanto", "nbits": 4},
@@ -276,11 +278,20 @@ def test_beams(model):
 def test_guidance(model):
     """The second text has a window that is quantized in the same way."""
     cache, prompt, negative = new_cache(model), random_ids(40), random_ids(50, seed=2)
-    outputs = generate(prompt, model=model, past_key_values=cache, guidance_scale=1.5, negative_prompt_ids=negative, **GENERATED)
+    passes = {}  # of each cache
+
+    def note(_, args, kwargs):
+        passes.setdefault(id(kwargs[CACHE_NAME]), []).append((kwargs["input_ids"].numel(), len(kwargs["input_ids"])))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        outputs = generate(prompt, model=model, past_key_values=cache, guidance_scale=1.5, negative_prompt_ids=negative, **GENERATED)
+    finally:
+        handle.remove()
     new = outputs.sequences[:, 40:-1]
     first, second = (
-        feed(model, new_empty(cache, model), torch.cat([text, new], 1), sizes + [1] * 59)[:, -60:].log_softmax(-1)
-        for text, sizes in ((prompt, [32, 8]), (negative, [32, 18]))
+        feed(model, new_empty(cache, model), torch.cat([text, new], 1), passes.pop(key))[:, -60:].log_softmax(-1)
+        for text, key in ((prompt, id(cache)), (negative, next(key for key in passes if key != id(cache))))
     )
     assert_same(torch.stack(outputs.scores, dim=1), second + 1.5 * (first - second))
 

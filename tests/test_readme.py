@@ -21,7 +21,7 @@ import publish
 import pytest
 import transformers
 from families import TRANSFORMERS, allow_local_code
-from generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_PREFILL_CHUNK_SIZE, DEFAULT_WINDOW_LENGTH, UNSUPPORTED_OPTIONS, generate
+from generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_PREFILL_CHUNK_SIZES, DEFAULT_WINDOW_LENGTH, UNSUPPORTED_OPTIONS, generate
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
@@ -304,10 +304,10 @@ def test_refused_options_are_listed():
 
 
 def test_defaults_are_those_of_the_code():
-    filling, full = DEFAULT_PREFILL_CHUNK_SIZE
+    filling, full, undivided = DEFAULT_PREFILL_CHUNK_SIZES
     assert f"| `window_length` | {DEFAULT_WINDOW_LENGTH} |" in README
     assert f"| `num_sink_tokens` | {DEFAULT_NUM_SINK_TOKENS} |" in README
-    assert f"| `prefill_chunk_size` | {filling} and {full} |" in README
+    assert f"| `prefill_chunk_size` | {filling}, {full}, {undivided} |" in README
 
 
 def test_the_range_of_releases_begins_where_the_requirements_do():

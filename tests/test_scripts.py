@@ -13,6 +13,9 @@ import plot
 import pytest
 import torch
 import version_matrix
+from common import readme_block
+from families import TRANSFORMERS
+from zoo import ZOO_TYPES
 
 ROOT = Path(__file__).parents[1]
 
@@ -193,8 +196,10 @@ def test_labels_stand_apart_and_near():
 
 
 def test_the_compatibility_table_is_what_is_found():
+    if f"transformers {TRANSFORMERS} are exact" not in readme_block("compatibility"):
+        pytest.skip("the table is of another release: python scripts/compatibility.py --write")
     result = last_line(run("scripts/compatibility.py", "--check"))
-    assert result["exact"] >= 105 and result["exact"] + result["refused"] + result["left out"] == 189
+    assert result["exact"] >= 105 and result["exact"] + result["refused"] + result["left out"] == len(ZOO_TYPES)
 
 
 def test_training(tmp_path):

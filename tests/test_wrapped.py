@@ -1,12 +1,14 @@
 """Models that something is wrapped around, or that were changed: they give the oracle's logits, or are refused with what to do."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, random_ids
 from families import allow_local_code, build_model
-from generate import SinkCache, generate
+from generate import CACHE_NAME, SinkCache, generate
 from oracle import oracle_logits
 
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
@@ -56,7 +58,7 @@ def test_adapters(model, from_folder):
 
 
 def test_adapters_that_the_model_itself_loads(model):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion=transformers.integrations.peft.MIN_PEFT_VERSION)
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "k_proj"], r=4, init_lora_weights=False))
     assert_exact(model.eval())
 
@@ -69,6 +71,26 @@ def test_virtual_tokens_are_refused(model, kind, from_folder):
     assert_refused(wrapped, "virtual tokens would pass by the cache")
     with pytest.raises(ValueError, match="virtual tokens would pass by the cache"):
         wrapped.generate(input_ids=random_ids(5), **from_folder, max_new_tokens=3, **WINDOW)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_code_from_the_hub_that_names_its_cache_as_another_release_does(model, name):
+    class FromTheHub(type(model)):
+        pass
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, use_cache=None, **kwargs):
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        return super(FromTheHub, self).forward(**inputs, **{CACHE_NAME: kwargs.pop(name, None)}, **kwargs)
+
+    arguments = list(inspect.signature(forward).parameters.values())
+    arguments.insert(-1, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None))
+    forward.__signature__ = inspect.Signature(arguments)
+    FromTheHub.forward = forward
+    model.__class__ = FromTheHub
+    plain = build_model("llama", "sdpa")
+    assert_exact(model, plain)
+    options = {"max_new_tokens": 30, "do_sample": False, **WINDOW}
+    assert generate(random_ids(20), model=model, **options).equal(generate(random_ids(20), model=plain, **options))
 
 
 def test_data_parallel(model):

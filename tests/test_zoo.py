@@ -51,7 +51,7 @@ def test_exact_or_refused(model_type):
     others = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS, sinks=random_ids(NUM_SINK_TOKENS, seed=9))
     has_sinks = any(layer is not None and layer.native_window != 6 for layer in traits.layers)
     assert difference(others, expected) > 100 * TOLERANCE or not has_sinks, "the comparison would mean nothing"
-    splits = [[9, 7] + [1] * 64] if traits.is_ordered else [[1] * 80, [3, 30, 1, 1, 40, 5]]
+    splits = [[9, 7] + [1] * 64] if traits.is_ordered else [[1] * 80, [3, 30, 1, 1, 40, 5], [20, (48, 6), (12, 4)]]
     for sizes in splits:
         cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
         assert_same(feed(model, cache, input_ids, sizes), expected)
@@ -60,7 +60,7 @@ def test_exact_or_refused(model_type):
     ids, mask = left_padded(prompts)
     cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
     feed(model, cache, ids, [16] + [1] * 14 if traits.is_ordered else [30], mask)
-    logits = feed(model, cache, input_ids[:, 50:].expand(3, -1), [1] * 30 if traits.is_ordered else [1] * 10 + [9] + [1] * 11)
+    logits = feed(model, cache, input_ids[:, 50:].expand(3, -1), [1] * 30 if traits.is_ordered else [1] * 14 + [(9, 3)] + [1] * 7)
     for row, prompt in enumerate(prompts):
         alone = torch.cat([prompt, input_ids[:, 50:]], dim=1)
         expected = oracle_logits(model, alone, WINDOW_LENGTH, NUM_SINK_TOKENS)

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # The release for which this was made: some models can't be built with others.
-ZOO_RELEASE = "5.23"
+ZOO_RELEASE = "5.24"
 ZOO_TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 VOCAB_SIZE = 97
@@ -173,7 +173,7 @@ SPECIAL: dict[str, dict] = {
 # Types of which no small model can be built, and why.
 LEFT_OUT: dict[str, str] = {
     "gemma3n": "its vision tower comes from the package timm; the decoder is that of gemma3n_text",
-    "gemma4_assistant": "transformers 5.23 refuses the only config it allows, in which all layers share another model's cache",
+    "gemma4_assistant": "transformers refuses the only config it allows, in which all layers share another model's cache",
 }
 
 
