@@ -1,7 +1,8 @@
 """The other ways to decode with a bounded view, for scripts/benchmark.py to compare `SinkCache` with.
 
 Each is what its source describes, made to give the logits that it should (tests/test_benchmark.py), in few lines and without a detour
-that would make it slow. A `Decoder` is filled with a prompt and then takes one token after another.
+that would make it slow. A `Decoder` is filled with a prompt and then takes one token after another. One more, `FrozenDecoder`, gives
+no logits that anybody wants: it shows what a token costs where the cache costs nothing.
 """
 
 import copy
@@ -144,6 +145,33 @@ def native_window_model(model, window_length: int):
     twin.model.rotary_emb = model.model.rotary_emb
     twin.generation_config = model.generation_config
     return twin.eval()
+
+
+class FrozenCache(DynamicCache):
+    """A full window that is handed out as it is, whatever comes."""
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self.layers[layer_idx]
+        return layer.keys, layer.values
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.layers[layer_idx].keys.shape[2], 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.layers[layer_idx].keys.shape[2] - 1
+
+
+class FrozenDecoder(Decoder):
+    """No work for the cache at all: the model, and its attention over `window_length` keys. No cache of that length can be faster."""
+
+    def __init__(self, model, setup: Setup):
+        layers = fill(model, DynamicCache(), setup.prompt).layers
+        self.model, self.cache = model, FrozenCache()
+        self.cache.layers = layers
+        self.position_ids = torch.full((1, 1), setup.window_length - 1, device=setup.prompt.device)
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        return self.model(token, **{CACHE_NAME: self.cache}, position_ids=self.position_ids).logits
 
 
 # Sinks and recent tokens, in the ways that were published before

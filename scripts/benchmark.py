@@ -6,8 +6,9 @@ Four measurements (`--measure`), on a model of the Hub or on random weights of a
              round; the ratio of two methods is that of their turns in the same round, so what the machine does besides hits both.
     stream   time of a step by position in one long stream, the whole way through `generate` and in a loop of one's own; memory on the way.
     age      time of a step in streams of very different lengths, in turns, the whole way through `generate`.
-    prefill  tokens a second of a prompt many windows long, by chunk length; and a pass over a full window against plain attention
-             over as many keys.
+    prefill  tokens a second of a prompt many windows long, by chunk length, and the ratio of its time a token to that of the first chunk
+             of a `DynamicCache`, of the length at which that is fastest; and a pass over a full window against plain attention over as
+             many keys.
 
 Times are medians; spreads are quartiles. A step takes one token of each row of a batch: its time is what a token of a row takes, and
 tokens a second count all rows. The lines of the table are appended to `--csv` as they are measured, and Ctrl-C keeps what was: the exit
@@ -34,6 +35,7 @@ import transformers
 from baselines import (
     Decoder,
     DynamicDecoder,
+    FrozenDecoder,
     NativeWindowDecoder,
     QuantizedDecoder,
     RecomputingDecoder,
@@ -86,7 +88,7 @@ TABLE_COLUMNS = {
     "limit": "window_length batch_size method ms_per_token",
     "stream": "window_length batch_size method position ms_per_token tokens_per_second MiB_held",
     "age": "window_length batch_size position ms_per_token ratio MiB_held",
-    "prefill": "window_length batch_size method chunk_length position tokens_per_second MiB_held",
+    "prefill": "window_length batch_size method chunk_length position tokens_per_second ratio MiB_held",
     "chunk": "window_length batch_size chunk_length num_keys ms_per_token ratio MiB_held",
 }
 
@@ -131,6 +133,7 @@ DECODERS: dict[str, Callable] = {
     "rerotate": RerotatingDecoder,
     "rotate-at-read": RotatingAtReadDecoder,
     "recompute": RecomputingDecoder,
+    "frozen": FrozenDecoder,
 }
 
 
@@ -534,8 +537,15 @@ def measure_prefill(args, model, window_length: int, batch_size: int, report: Re
     feeds += [functools.partial(feed_dynamic, length) for length in chunk_lengths if "dynamic" in args.methods]
     for feed in tqdm(feeds * args.prefill_rounds, desc=f"prefill, window {window_length}, batch {batch_size}", file=sys.stderr):
         feed()
-    for (method, chunk_length, position), taken in milliseconds_taken.items():
-        step = spread("ms_per_token", [each / position for each in taken], "ms")
+    per_token = {key: [each / key[-1] for each in taken] for key, taken in milliseconds_taken.items()}
+    first_chunks = [key for key in per_token if key[0] == "dynamic" and key[1] == key[2]]
+    best = min(first_chunks, key=lambda key: statistics.median(per_token[key]), default=None)
+    for (method, chunk_length, position), taken in per_token.items():
+        ratio = {}
+        if best is not None:
+            ratio = {"reference": f"dynamic, first chunk of {best[1]}"}
+            ratio |= spread("ratio", [one / other for one, other in zip(taken, per_token[best])])
+        step = spread("ms_per_token", taken, "ms")
         report.add(
             "prefill",
             method,
@@ -543,6 +553,7 @@ def measure_prefill(args, model, window_length: int, batch_size: int, report: Re
             chunk_length=chunk_length,
             position=position,
             **step,
+            **ratio,
             tokens_per_second=1000 * batch_size / step["ms_per_token"],
             bytes_held=held[method, chunk_length, position],
             num_rounds=args.prefill_rounds,

@@ -46,6 +46,7 @@ METHOD_STYLES = {
     "rerotate": (PURPLE, SOLID, "all keys rotated back"),
     "rotate-at-read": (ORANGE, SOLID, "all keys rotated at read"),
     "recompute": (GRAY, SOLID, "window recomputed"),
+    "frozen": ("#222222", DOTTED, "no work for the cache"),
     "bytes to move": (GRAY, DASHED, "limit: bytes to move"),
     "operations": (GRAY, DOTTED, "limit: operations"),
 }

@@ -73,6 +73,22 @@ def test_native_windows_are_the_mask_of_the_last_tokens(model):
 
 
 @torch.no_grad()
+def test_the_frozen_cache_costs_a_window_of_attention_and_nothing_else(model):
+    """Would catch a limit that is none: keys that are not attended to, or a window that grows."""
+    ids, steps = random_ids(WINDOW_LENGTH, num_rows=2), 3
+    decoder = benchmark.DECODERS["frozen"](model, Setup(WINDOW_LENGTH, NUM_SINK_TOKENS, ids))
+    held = [(layer.keys, layer.values) for layer in decoder.cache.layers]
+    assert all(keys.shape[2] == values.shape[2] == WINDOW_LENGTH for keys, values in held)
+    tokens = random_ids(steps, seed=2, num_rows=2).split(1, dim=1)
+    first = [decoder.step(token) for token in tokens]
+    assert all(one.equal(again) for one, again in zip(first, [decoder.step(token) for token in tokens]))
+    for (keys, values), layer in zip(held, decoder.cache.layers):
+        assert layer.keys is keys and layer.values is values
+    held[0][1].select(2, 5).add_(1)  # one value that each step has to see
+    assert all(difference(decoder.step(token), before) > TOLERANCE for token, before in zip(tokens, first))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("method", ["dynamic", "static", "quantized-fp8"])
 def test_a_turn_can_be_taken_again(model, method):
     """The caches that grow: a turn gives the logits of a full pass, and after `rewind` the same again. (Eight bits are not exact.)"""
