@@ -992,7 +992,9 @@ class Step:
             return window.sees(query.clamp(min=0), token)
         own_copy = torch.eye(self.part_length, dtype=torch.bool, device=device).repeat_interleave(window.num_sinks, 1)
         if self.num_parts > 1:
-            distance = torch.arange(self.num_recent_in_part, device=device) - torch.arange(self.part_length, device=device)[:, None]
+            distance = (
+                torch.arange(self.num_recent_in_part, device=device) - torch.arange(self.part_length, device=device)[:, None]
+            )
             return torch.cat([own_copy, (distance >= 0) & (distance < window.num_recent)], dim=-1)[None]
         sink = torch.arange(window.num_sinks, device=device).repeat(self.num_columns)
         sinks = own_copy & (sink <= query)
@@ -2376,7 +2378,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
                     "for tokens that the cache has seen."
                 )
             num_new = count_tokens(attention_mask[:, -num_columns:])
-        if num_parts > 1:
+        if num_parts != 1:
             self._check_parts(num_columns, num_new, num_parts)
         self._begin(batch_size, num_columns, num_new, num_parts=num_parts)
         self._pass.input_ids = input_ids
@@ -2522,9 +2524,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
 
     @_one_thread_at_a_time
     @torch.inference_mode(False)  # what is made here may be changed in any mode
-    def _begin(
-        self, batch_size: int, num_columns: int, num_new: list[int], is_prepared: bool = True, num_parts: int = 1
-    ) -> None:
+    def _begin(self, batch_size: int, num_columns: int, num_new: list[int], is_prepared: bool = True, num_parts: int = 1) -> None:
         """Decide all that a pass does. Nothing is changed before everything has been checked."""
         self._require_model()
         model = self._model()
@@ -2655,7 +2655,9 @@ class SinkCache(NotesRecurrentLayers, Cache):
     def _check_parts(self, num_columns: int, num_new: list[int], num_parts: int) -> None:
         self._require_model()
         reason = None
-        if num_columns % num_parts:
+        if not isinstance(num_parts, int) or num_parts < 1:
+            reason = "it has to be a whole number of at least 1"
+        elif num_columns % num_parts:
             reason = f"{num_columns} tokens can't be divided into parts of one length"
         elif min(num_new) < num_columns:
             reason = "a row has padding"
@@ -2755,7 +2757,8 @@ class SinkCache(NotesRecurrentLayers, Cache):
         else:
             positions = torch.arange(-num_columns, 0, device=device) + torch.tensor(stop, device=device)[:, None]
             positions = positions.clamp(min=0)
-        return positions.expand(self._batch_size, -1).reshape(-1, self._pass.part_length).contiguous()  # of one layout, whatever the rows are
+        positions = positions.expand(self._batch_size, -1).reshape(-1, self._pass.part_length)
+        return positions.contiguous()  # of one layout, whatever the rows are
 
     def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the keys that a pass will be handed, for the mask that a model makes by itself.

@@ -21,7 +21,9 @@ def random_ids(num_tokens: int = NUM_TOKENS, seed: int = 1, num_rows: int = 1) -
 
 
 @torch.no_grad()
-def feed(model, cache: SinkCache, input_ids: torch.Tensor, sizes: list[int | tuple[int, int]], attention_mask=None) -> torch.Tensor:
+def feed(
+    model, cache: SinkCache, input_ids: torch.Tensor, sizes: list[int | tuple[int, int]], attention_mask=None
+) -> torch.Tensor:
     """Logits `[batch, num_tokens, vocab]` of a stream that is fed in passes of these sizes: `(size, num_parts)` is one in parts, where
     the model takes such passes."""
     logits, start = [], 0

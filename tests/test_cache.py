@@ -78,6 +78,9 @@ def test_what_can_not_come_in_parts_is_refused(model):
     feed(model, cache, streams[:, 15:16], [1])
     with pytest.raises(ValueError, match="10 tokens can't be divided into parts of one length"):
         cache.prepare(streams[:, 16:26], num_parts=3)
+    for num_parts in (0, -2, 2.0):
+        with pytest.raises(ValueError, match=f"num_parts={num_parts} can't be used.*at least 1"):
+            cache.prepare(streams[:, 16:26], num_parts=num_parts)
     with pytest.raises(ValueError, match="a row has padding"):
         cache.prepare(streams[:, 16:26], torch.tensor([[0] + 9 * [1], 10 * [1]]), num_parts=2)
     assert_goes_on(model, cache, streams, 16)

@@ -285,7 +285,9 @@ def test_guidance(model):
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        outputs = generate(prompt, model=model, past_key_values=cache, guidance_scale=1.5, negative_prompt_ids=negative, **GENERATED)
+        outputs = generate(
+            prompt, model=model, past_key_values=cache, guidance_scale=1.5, negative_prompt_ids=negative, **GENERATED
+        )
     finally:
         handle.remove()
     new = outputs.sequences[:, 40:-1]
