@@ -904,7 +904,7 @@ class Step:
 
     def joined(self, states: torch.Tensor) -> torch.Tensor:
         """The states of a pass in parts, `[batch * parts, heads, part_length, head_dim]`, as `[batch, heads, num_columns, head_dim]`."""
-        return states if self.num_parts == 1 else states.unflatten(0, (-1, self.num_parts)).transpose(1, 2).flatten(2, 3)
+        return states.unflatten(0, (-1, self.num_parts)).transpose(1, 2).flatten(2, 3)
 
     def in_parts(self, sinks: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
         """What the parts are handed: `[batch * parts, heads, kv_length, head_dim]`.
@@ -2424,9 +2424,11 @@ class SinkCache(NotesRecurrentLayers, Cache):
                 f"{layer.group.traits.dtype}. Put the model into one dtype, model.to(dtype), in place of autocast; if that was done after "
                 "the cache was made, make a new one."
             )
+        if current.num_parts > 1:
+            step = current.steps[layer.group.window]
+            key_states, value_states = step.joined(key_states), step.joined(value_states)
         keys, values = layer.group.states
-        new_keys, new_values = (keys.step.joined(states) for states in (key_states, value_states))
-        held = keys.update(layer.index, new_keys), values.update(layer.index, new_values)
+        held = keys.update(layer.index, key_states), values.update(layer.index, value_states)
         self._kv_length = held[0].shape[2]
         current.layers_done.add(layer_idx)
         if len(current.layers_done) == self._num_layers:

@@ -105,7 +105,8 @@ class StaticDecoder(Decoder):
 
 
 class QuantizedDecoder(Decoder):
-    """`QuantizedCache` (KIVI, https://arxiv.org/abs/2402.02750), which can't be cropped: each turn begins with a copy."""
+    """`QuantizedCache` (KIVI, https://arxiv.org/abs/2402.02750), which can't be cropped: each turn begins with what was there before. (It
+    changes no tensor in place.)"""
 
     def __init__(self, model, setup: Setup, backend: str):
         self.model = model
@@ -113,7 +114,8 @@ class QuantizedDecoder(Decoder):
         self.rewind()
 
     def rewind(self) -> None:
-        self.cache = copy.deepcopy(self.filled)
+        self.cache = copy.copy(self.filled)
+        self.cache.layers = [copy.copy(layer) for layer in self.filled.layers]
 
 
 class NativeWindowDecoder(Decoder):
