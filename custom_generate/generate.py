@@ -251,6 +251,14 @@ def _is_autocast_enabled(device_type: str) -> bool:
         return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
 
 
+# By how many tensors, in Python or not, the memory of one is used. torch has it for its CUDA graphs, and promises nothing.
+num_users_of_storage = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _num_users(tensor: torch.Tensor) -> int:
+    return num_users_of_storage(tensor.untyped_storage()._cdata)
+
+
 def _shallow_copy(model: torch.nn.Module) -> torch.nn.Module:
     """As `copy.copy`, also for a class that does not let it (FSDP2), and with what model.compile() has made."""
     view = object.__new__(type(model))
@@ -924,7 +932,7 @@ class Step:
     def _room(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """For what a layer is handed. On a CPU, memory that is new to the process costs more than the copies into it: so that of a layer
         before is used again, once nobody refers to it or to a view of it any more."""
-        if like.device.type != "cpu":
+        if like.device.type != "cpu" or num_users_of_storage is None or is_torchdynamo_compiling():
             return like.new_empty(shape)
         for room, num_users in self._rooms:
             if room.shape == shape and room.dtype == like.dtype and _num_users(room) == num_users:
@@ -1063,11 +1071,6 @@ class Cursor:
             held.index_copy_(2, slots[0], new)
         else:
             held[self.rows[:, None], :, slots] = new.transpose(1, 2)
-
-
-def _num_users(tensor: torch.Tensor) -> int:
-    """How many tensors, in Python or not, use the memory of this one."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def _keep_in_place(*tensors: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ devices, batches and so on go to a figure each; where a row was measured more th
     python scripts/stream_eval.py
     python scripts/plot.py
     python scripts/plot.py --figures time_by_window --results-dir results --output-dir figures
+    python scripts/plot.py --write  # and the table of speed into the README
 """
 
 import argparse
@@ -19,7 +20,7 @@ from math import exp
 from pathlib import Path
 from statistics import mean, median
 
-from common import ROOT
+from common import ROOT, add_block_arguments, check_or_write_block
 
 from figures import FULL_COLOR, RECENT, SINK, load_pyplot, print_paths, save
 
@@ -156,6 +157,30 @@ def draw_memory_by_position(plt, path: Path, rows: list[Row]) -> None:
 def draw_time_by_window(plt, path: Path, rows: list[Row]) -> None:
     labels = "window_length, tokens", "milliseconds a token"
     line_plot(plt, path, rows, "window_length", "ms_per_token", labels, QUARTILES)
+
+
+def speed_table(rows: list[Row]) -> str:
+    """Markdown: milliseconds a token of each method and window, and behind it the ratio to the reference with its quartiles. Where it was
+    measured more than once, the last row counts."""
+    rows = [row for row in rows if row["measure"] == "decode" and row["batch_size"] == "1"]
+    found = {(row["method"], int(row["window_length"])): row for row in rows}
+    windows = sorted({window for _, window in found})
+    lines = [
+        f"| ms a token (ratio, quartiles) | {' | '.join(f'{window:,}' for window in windows)} |",
+        "|---" * (len(windows) + 1) + "|",
+    ]
+    for method in (name for name in METHOD_STYLES if any(name == other for other, _ in found)):
+        cells = [speed_cell(found.get((method, window))) for window in windows]
+        lines.append(f"| {METHOD_STYLES[method][2]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
+    spread = "" if row["method"] == row["reference"] else f" ({ratio:.2f}, {low:.2f}-{high:.2f})"
+    return f"{float(row['ms_per_token']):.1f}{spread}"
 
 
 # Text: what scripts/evaluate.py and scripts/stream_eval.py have written
@@ -361,7 +386,11 @@ def main() -> None:
         "--results-dir", type=Path, default=ROOT / "results", help="where the CSV files are (default: %(default)s)"
     )
     parser.add_argument("--output-dir", type=Path, default=ROOT / "figures", help="(default: %(default)s)")
+    add_block_arguments(parser)
     args = parser.parse_args()
+    if args.check or args.write:
+        with (args.results_dir / "benchmark.csv").open(encoding="utf-8") as file:
+            check_or_write_block(args, "speed", speed_table(list(csv.DictReader(file))))
     plt = load_pyplot("scripts/plot.py")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     paths = [path for name in args.figures for path in draw(plt, name, args.results_dir, args.output_dir)]

@@ -1,6 +1,7 @@
 """`SinkCache` as an object: what it says of itself, and every operation at every fill level."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -109,6 +110,14 @@ def test_a_layer_may_keep_what_it_was_handed(model, mode):
         others = [handed_out() for _ in range(3)]
         assert kept.data_ptr() - first == 2 * kept.element_size() and len({each.data_ptr() for each in others}) == 3
         assert kept.equal(before)
+
+
+def test_without_a_count_of_users_no_memory_is_used_again(model, monkeypatch):
+    """It is torch's own business, and may be gone one day."""
+    monkeypatch.setattr(sys.modules[SinkCache.__module__], "num_users_of_storage", None)
+    cache, streams = filled(model, 20)
+    logits = feed(model, cache, streams[:, 20:44], [(24, 6)])
+    assert_same(logits, oracle_logits(model, streams, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 20:44])
 
 
 def test_slots_of_tokens_by_hand():

@@ -189,6 +189,21 @@ def test_a_text_read_on_other_processors_is_one_figure():
         assert [*plot.groups([row, row | {column: "other"}], columns)] == [""]
 
 
+def test_the_table_of_speed_is_what_was_measured():
+    rows = list(csv.DictReader((ROOT / "results" / "benchmark.csv").open(encoding="utf-8")))
+    assert readme_block("speed") == plot.speed_table(rows), "python scripts/plot.py --write"
+    assert plot.speed_cell(None) == ""
+    row = {
+        "method": "sink",
+        "reference": "dynamic",
+        "ms_per_token": "9.828",
+        "ratio": "0.9889",
+        "ratio_low": "0.96",
+        "ratio_high": "1.0",
+    }
+    assert plot.speed_cell(row) == "9.8 (0.99, 0.96-1.00)" and plot.speed_cell(row | {"method": "dynamic"}) == "9.8"
+
+
 def test_labels_stand_apart_and_near():
     assert plot.apart([0, 10, 20], 5) == [0, 10, 20]
     assert plot.apart([0, 10, 10, 10], 4) == [0, 6, 10, 14]

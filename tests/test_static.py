@@ -219,6 +219,23 @@ def test_generate_compiles_once(num_rows):
 
 
 @compiling
+@compiling
+@pytest.mark.parametrize("static", [False, True])
+def test_a_compiled_pass_in_parts(static):
+    """One of `generate` is not compiled, but one of the user's own may be."""
+    model, stream = build_model("llama", "sdpa"), random_ids(100)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    cache = SinkCache.from_model(model, **WINDOW, static=static)
+    feed(model, cache, stream[:, :20], [20])
+    with torch.no_grad():
+        logits = [
+            compiled(**cache.prepare(stream[:, at : at + 16], num_parts=4)).logits.flatten(0, 1) for at in range(20, 100, 16)
+        ]
+    expected = oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 20:]
+    assert_same(torch.cat(logits)[None], expected)
+
+
 def test_a_second_text_needs_no_second_graph():
     model = build_model("llama", "sdpa")
     arguments = compiled_by_generate()
