@@ -73,6 +73,7 @@ PRESETS = {
     "8b": (LlamaConfig, shape(4096, 32, 32, 8, 128, 14336, 128256)),
 }
 MEASURES = ("decode", "stream", "age", "prefill")
+NUM_FIRST_CHUNKS = 20  # are fed in each round, and their median taken: one is over in an instant
 NUM_WARMUP_TURNS = 2  # what is compiled may be compiled again on the second
 STREAM_PROMPT_LENGTH = 8
 BUCKETS_PER_DECADE = 8  # of positions in a stream
@@ -525,16 +526,24 @@ def measure_prefill(args, model, window_length: int, batch_size: int, report: Re
         )  # with the first token, one of thousands
         note(taken, cache, "sink", chunk_length or "default", prompt.shape[1])
 
+    def feed_first(chunk_length: int) -> None:
+        times = []
+        for _ in range(NUM_FIRST_CHUNKS):
+            cache = DynamicCache(config=model.config)
+            feed_chunk = functools.partial(model, prompt[:, :chunk_length], **{CACHE_NAME: cache}, logits_to_keep=1)
+            times.append(milliseconds(feed_chunk, model.device))
+        note(statistics.median(times), cache, "dynamic", chunk_length, chunk_length)
+
     def feed_dynamic(chunk_length: int) -> None:
         cache, taken = DynamicCache(config=model.config), 0.0
         length = max(min(prompt.shape[1], args.max_dynamic_length) // chunk_length, 1) * chunk_length
         for chunk in prompt[:, :length].split(chunk_length, dim=1):
             taken += milliseconds(lambda: model(chunk, **{CACHE_NAME: cache}, logits_to_keep=1), model.device)
-            if cache.get_seq_length() in (chunk_length, length):
-                note(taken, cache, "dynamic", chunk_length, cache.get_seq_length())
+        note(taken, cache, "dynamic", chunk_length, length)
 
     feeds = [functools.partial(feed_sink, length) for length in (None, *chunk_lengths) if "sink" in args.methods]
-    feeds += [functools.partial(feed_dynamic, length) for length in chunk_lengths if "dynamic" in args.methods]
+    for length in chunk_lengths if "dynamic" in args.methods else ():
+        feeds += [functools.partial(feed_first, length), functools.partial(feed_dynamic, length)]
     for feed in tqdm(feeds * args.prefill_rounds, desc=f"prefill, window {window_length}, batch {batch_size}", file=sys.stderr):
         feed()
     per_token = {key: [each / key[-1] for each in taken] for key, taken in milliseconds_taken.items()}
