@@ -25,6 +25,7 @@ class Setup:
         prompt: what is seen before the first step, `[batch, num_tokens]`: `window_length` tokens, or fewer for a stream.
         turn_length: tokens decoded from one `Decoder.rewind` to the next.
         compile_mode: of `torch.compile`.
+        is_random: the caches are filled with random keys and values, and no model reads the prompt.
     """
 
     window_length: int
@@ -32,6 +33,7 @@ class Setup:
     prompt: torch.Tensor
     turn_length: int = 1
     compile_mode: str = "default"
+    is_random: bool = False
 
     @property
     def first_length(self) -> int:
@@ -62,10 +64,31 @@ class Decoder:
         return storage_bytes(self.cache)
 
 
-def fill(model, cache, prompt: torch.Tensor):
-    """The cache, after the model has read the prompt with it."""
-    for chunk in prompt.split(PREFILL_CHUNK_LENGTH, dim=1):
-        model(chunk, **{CACHE_NAME: cache}, logits_to_keep=1)
+class RandomStates:
+    """In place of a model that reads a prompt: random keys and values. What they are makes no difference to the time of a step, and long
+    windows are full at once."""
+
+    def __init__(self, model, window_length: int):
+        self.layers = model_traits(model, window_length).layers
+
+    def __call__(self, input_ids: torch.Tensor, **inputs) -> None:
+        for index, traits in enumerate(self.layers):
+            if traits is not None:
+                sizes = [(len(input_ids), num_heads, input_ids.shape[1], head_dim) for num_heads, head_dim in traits.shapes]
+                states = (torch.randn(size, dtype=traits.dtype, device=traits.device) for size in sizes)
+                inputs[CACHE_NAME].update(*states, index)
+
+
+def reader(model, setup: Setup) -> Callable:
+    """What reads prompts."""
+    return RandomStates(model, setup.window_length) if setup.is_random else model
+
+
+def fill(model, cache, setup: Setup, num_tokens: int | None = None):
+    """The cache, after the model has read (the first tokens of) the prompt with it."""
+    read = reader(model, setup)
+    for chunk in setup.prompt[:, :num_tokens].split(PREFILL_CHUNK_LENGTH, dim=1):
+        read(input_ids=chunk, **{CACHE_NAME: cache}, logits_to_keep=1)
     return cache
 
 
@@ -82,7 +105,7 @@ class DynamicDecoder(Decoder):
 
     def __init__(self, model, setup: Setup):
         self.model, self.turn_length = model, setup.turn_length
-        self.cache = fill(model, DynamicCache(config=model.config), setup.prompt[:, : setup.first_length])
+        self.cache = fill(model, DynamicCache(config=model.config), setup, setup.first_length)
 
     def rewind(self) -> None:
         self.cache.crop(-self.turn_length)
@@ -96,7 +119,7 @@ class StaticDecoder(Decoder):
         if any(self.cache.is_sliding) or not all(hasattr(layer, "cumulative_length") for layer in self.cache.layers):
             raise ValueError("the static cache of this model, or of this release of transformers, can't be set back")
         self.first_length = setup.window_length - setup.turn_length
-        fill(model, self.cache, setup.prompt[:, : self.first_length])
+        fill(model, self.cache, setup, self.first_length)
         self.model = compiled(model, setup.compile_mode) if is_compiled else model
 
     def rewind(self) -> None:
@@ -110,7 +133,7 @@ class QuantizedDecoder(Decoder):
 
     def __init__(self, model, setup: Setup, backend: str):
         self.model = model
-        self.filled = fill(model, QuantizedCache(backend, model.config), setup.prompt[:, : setup.first_length])
+        self.filled = fill(model, QuantizedCache(backend, model.config), setup, setup.first_length)
         self.rewind()
 
     def rewind(self) -> None:
@@ -123,7 +146,7 @@ class NativeWindowDecoder(Decoder):
 
     def __init__(self, model, setup: Setup):
         self.model = native_window_model(model, setup.window_length)
-        self.cache = fill(self.model, DynamicCache(config=self.model.config), setup.prompt)
+        self.cache = fill(self.model, DynamicCache(config=self.model.config), setup)
 
 
 def native_window_model(model, window_length: int):
@@ -167,7 +190,7 @@ class FrozenDecoder(Decoder):
     """No work for the cache at all: the model, and its attention over `window_length` keys. No cache of that length can be faster."""
 
     def __init__(self, model, setup: Setup):
-        layers = fill(model, DynamicCache(), setup.prompt).layers
+        layers = fill(model, DynamicCache(), setup).layers
         self.model, self.cache = model, FrozenCache()
         self.cache.layers = layers
         self.position_ids = torch.full((1, 1), setup.window_length - 1, device=setup.prompt.device)
@@ -213,7 +236,7 @@ class ConcatenatingCache(DynamicCache):
         super().__init__()
         self.window_length, self.num_sink_tokens = setup.window_length, setup.num_sink_tokens
         self.frequencies = halves_frequencies(model, setup.window_length)
-        prefill = fill(model, DynamicCache(), setup.prompt)
+        prefill = fill(model, DynamicCache(), setup)
         self.states = [(layer.keys, layer.values) for layer in prefill.layers]
 
     def append(self, held: torch.Tensor, new: torch.Tensor, move: Callable = lambda recent: recent) -> torch.Tensor:

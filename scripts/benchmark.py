@@ -46,6 +46,7 @@ from baselines import (
     compiled,
     fill,
     native_window_model,
+    reader,
 )
 from common import DEFAULT_NUM_SINK_TOKENS, DTYPES, add_model_arguments, count, describe_run, load_weights, rounded, storage_bytes
 from generate import CACHE_NAME, SinkCache, generate
@@ -108,10 +109,10 @@ class SinkDecoder(Decoder):
 
     def __init__(self, model, setup: Setup, is_static: bool = False, is_compiled: bool = False):
         self.cache = sink_cache(model, setup, is_static)
-        rest = setup.prompt
+        rest, read = setup.prompt, reader(model, setup)
         while rest.shape[1]:
             length = min(rest.shape[1], self.cache.num_columns_at_once)
-            model(**self.cache.prepare(rest[:, :length]), logits_to_keep=1)
+            read(**self.cache.prepare(rest[:, :length]), logits_to_keep=1)
             rest = rest[:, length:]
         self.model = compiled(model, setup.compile_mode) if is_compiled else model
 
@@ -376,7 +377,8 @@ def make_decoders(args, model, setup: Setup, tokens: torch.Tensor, report: Repor
 def measure_decode(args, model, window_length: int, batch_size: int, report: Report) -> None:
     torch.compiler.reset()
     prompt = random_ids(model, batch_size, window_length, args.seed)
-    setup = Setup(window_length, args.num_sink_tokens, prompt, args.num_tokens, args.compile_mode)
+    is_random = window_length > args.max_fill_length
+    setup = Setup(window_length, args.num_sink_tokens, prompt, args.num_tokens, args.compile_mode, is_random)
     tokens = random_ids(model, batch_size, args.num_tokens, args.seed + 1)
     decoders = make_decoders(args, model, setup, tokens, report)
     turns: dict[str, list[float]] = {name: [] for name in decoders}  # milliseconds a step
@@ -581,7 +583,7 @@ def measure_chunk(args, model, window_length: int, batch_size: int, chunk_length
     num_keys = sink.get_mask_sizes(chunk_length)[0]
     model(**inputs, logits_to_keep=1)
     dynamic = DynamicCache(config=model.config)
-    fill(model, dynamic, random_ids(model, batch_size, num_keys - chunk_length, args.seed))
+    fill(model, dynamic, replace(setup, prompt=random_ids(model, batch_size, num_keys - chunk_length, args.seed)))
     passes = {
         "sink": lambda: model(**sink.prepare(chunk), logits_to_keep=1),
         "dynamic": lambda: model(chunk, **{CACHE_NAME: dynamic}, logits_to_keep=1),
@@ -659,6 +661,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=count, nargs="+", default=[1], help="(default: 1)")
     add("--num-tokens", type=count, default=32, help="decoded in one turn (default: %(default)s)")
     add("--num-rounds", type=count, default=15, help="turns of each method (default: %(default)s)")
+    add(
+        "--max-fill-length", type=count, default=8192, help="longer windows are filled with random numbers (default: %(default)s)"
+    )
     add("--max-recompute-length", type=count, default=4096, help="longest window that is recomputed (default: %(default)s)")
     add(
         "--stream-length",

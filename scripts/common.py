@@ -98,7 +98,9 @@ def storage_bytes(holder) -> int:
         if id(item) in seen or isinstance(item, type | torch.nn.Module | PretrainedConfig) or callable(item):
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Tensor):
+        if hasattr(item, "__tensor_flatten__"):  # a tensor that is made of others, as a quantized one
+            found += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
+        elif isinstance(item, torch.Tensor):
             storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
         elif isinstance(item, dict):
             found += item.values()

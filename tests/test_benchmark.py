@@ -112,6 +112,23 @@ def test_a_turn_can_be_taken_again(model, method):
     assert_same(turns[2], turns[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", [name for name in benchmark.DECODERS if "compiled" not in name and "hqq" not in name])
+def test_random_states_fill_a_cache_as_a_prompt_does(method):
+    """Else long windows would be timed at another length."""
+    if method == "quantized-quanto":
+        pytest.importorskip("optimum.quanto")
+    model, ids = build_model("llama", "sdpa", head_dim=64), random_ids(WINDOW_LENGTH, num_rows=2)
+    token = random_ids(1, num_rows=2)
+    held, logits = [], []
+    for is_random in (False, True):
+        decoder = benchmark.DECODERS[method](model, Setup(WINDOW_LENGTH, NUM_SINK_TOKENS, ids, 6, is_random=is_random))
+        logits.append(decoder.step(token))
+        held.append(decoder.num_bytes_held)
+    assert held[0] == held[1] and logits[0].shape == logits[1].shape
+    assert method == "recompute" or difference(*logits) > 0.1
+
+
 def test_what_a_method_is_not_written_for_is_refused():
     setup = Setup(WINDOW_LENGTH, NUM_SINK_TOKENS, random_ids(WINDOW_LENGTH))
     for family in ("cohere", "gpt-neox", "gemma3"):  # interleaved pairs, a part of the dimensions, native windows
