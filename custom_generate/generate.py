@@ -499,6 +499,9 @@ LOGITS_TOLERANCE = {torch.float64: 3e-4, torch.float32: 3e-4, torch.float16: 0.3
 # the float32 angles of such positions are still many times finer than the cosines of the model.
 MIN_TURN_IN_16_BITS = 2**14
 
+# From somewhere here on, what float32 makes of the angles of two positions may depend on where these are.
+LONGEST_USUAL_WINDOW = 2**15
+
 # float32 holds every whole number up to here. What a model computes from larger positions is not what they say.
 MAX_EXACT_POSITION = 2**24
 
@@ -754,6 +757,8 @@ class Probe:
             raise self._refusal(f"a first look at how it caches keys failed ({type(error).__name__}: {error})") from error
 
     def _refusal(self, reason: str) -> ValueError:
+        if self.window_length > LONGEST_USUAL_WINDOW:
+            reason += f" (Or it can't tell positions up to {2 * self.window_length} apart, which such a window needs: try a shorter one)"
         return ValueError(f"SinkCache can't keep its rules for {self.name} with window_length={self.window_length}: {reason}.")
 
 
@@ -1778,7 +1783,9 @@ class Quantization:
         """From a dict, or from the `QuantizedCacheConfig` of transformers before 4.56."""
         options = cache_config if isinstance(cache_config, dict) else getattr(cache_config, "__dict__", None)
         if options is None:
-            raise ValueError(f"cache_config must be a dict, got {cache_config!r} ({type(cache_config).__name__}).")
+            raise ValueError(
+                f"cache_config (quantized= of a SinkCache) must be a dict, got {cache_config!r} ({type(cache_config).__name__})."
+            )
         names = [option.name for option in fields(cls)]
         unknown = [name for name in options if name not in (*names, "compute_dtype", "device", "cache_implementation")]
         if unknown:
@@ -2369,12 +2376,20 @@ class SinkCache(NotesRecurrentLayers, Cache):
         Raises:
             ValueError: what is passed does not fit to the cache or can't be processed exactly. The cache is as before.
         """
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if tokens is None or tokens.ndim < 2 or tokens.shape[1] == 0:
-            raise ValueError("No tokens: pass input_ids [batch, num_columns] with at least one column.")
+        tokens, num_dims = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim != num_dims or 0 in tokens.shape[:2]:
+            shape = f"shape {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else f"{tokens!r:.50}"
+            raise ValueError(
+                f"No tokens: pass input_ids [batch, num_columns], or inputs_embeds [batch, num_columns, hidden], with at least one column; "
+                f"got {shape}."
+            )
         batch_size, num_columns = tokens.shape[:2]
         num_new = [num_columns]
         if attention_mask is not None:
+            if not isinstance(attention_mask, torch.Tensor):
+                raise ValueError(
+                    f"attention_mask must be a Tensor, got {attention_mask!r:.50} ({type(attention_mask).__name__})."
+                )
             if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < num_columns:
                 raise ValueError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}, and must have {(batch_size, num_columns)}, or more columns "
@@ -2643,10 +2658,18 @@ class SinkCache(NotesRecurrentLayers, Cache):
         return back
 
     def num_parts_of(self, num_columns: int) -> int:
-        """In how many parts a pass of so many columns, none of them padding, is at its fastest: more than one where the window is full,
-        and longer than a few tokens. Only some numbers of columns can be divided: the nearest below is `num_columns` rounded down to a
-        multiple of it."""
-        return max(1, round(num_columns / self._window.part_length)) if self.takes_parts else 1
+        """In how many parts the next pass should come, if it is one of so many columns and none of them is padding: the divisor of
+        `num_columns` that makes parts nearest to the best length. 1 while a window is not full."""
+        if not isinstance(num_columns, int) or num_columns < 1:
+            raise ValueError(f"num_columns must be an int of at least 1, got {num_columns!r} ({type(num_columns).__name__}).")
+        best = num_columns / self.best_part_length if self.takes_parts else 1
+        divisors = (num for num in range(1, num_columns + 1) if num_columns % num == 0)
+        return min(divisors, key=lambda num: abs(math.log(num / best))) if best > 1 else 1
+
+    @property
+    def best_part_length(self) -> int:
+        """Columns of a part that `num_parts_of` aims at."""
+        return self._window.part_length
 
     @property
     def takes_parts(self) -> bool:
@@ -2661,15 +2684,17 @@ class SinkCache(NotesRecurrentLayers, Cache):
         self._require_model()
         reason = None
         if not isinstance(num_parts, int) or num_parts < 1:
-            reason = "it has to be a whole number of at least 1"
+            reason = "it must be an int of at least 1. Take num_parts_of(num_columns)"
         elif num_columns % num_parts:
-            reason = f"{num_columns} tokens can't be divided into parts of one length"
+            reason = f"{num_columns} tokens can't be divided into so many parts of one length. Take num_parts_of({num_columns})"
         elif min(num_new) < num_columns:
-            reason = "a row has padding"
+            reason = "a row has padding. Leave it out"
         elif not self.takes_parts:
-            reason = "a window is not full yet, or the model has layers that go through a row from its begin to its end"
+            reason = (
+                "the window of a row is not full yet, or layers of the model have to go through a row in one piece. Leave it out"
+            )
         if reason is not None:
-            raise ValueError(f"num_parts={num_parts} can't be used for this pass: {reason}. Take num_parts_of(num_columns).")
+            raise ValueError(f"num_parts={num_parts!r} can't be used for this pass: {reason}.")
 
     @property
     def num_columns_at_once(self) -> int:
@@ -2944,6 +2969,7 @@ class SinkCache(NotesRecurrentLayers, Cache):
 
         Raises:
             ValueError: a pass was begun and has not reached the last layer, or the cache has no model.
+            FileNotFoundError: there is no such folder.
         """
         self._require_model()
         if self._pass is not None or self._has_lost_states:
@@ -3122,6 +3148,8 @@ class Saved:
     def write(self, path: str | os.PathLike) -> None:
         """In a file beside it first, so that there is never half of one under this name."""
         beside = Path(f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.tmp")
+        if not beside.parent.is_dir():
+            raise FileNotFoundError(f"Can't save to {os.fspath(path)}: there is no folder {beside.parent}. Make it first.")
         numbers = json.dumps({"format": SAVED_FORMAT} | self.numbers)
         try:
             save_file(self.tensors, beside, metadata={"sink_cache": NO_CHECKSUM.decode() + numbers})
@@ -3623,16 +3651,18 @@ class Feed:
             takes_parts = cache.takes_parts and rest.begins_without_padding
             size = self.chunk_size or self._default_chunk_size(takes_parts)
             size = min(size, cache.num_columns_at_once, self._num_columns_alike(rest))
-            num_parts = cache.num_parts_of(size) if takes_parts else 1
-            is_last = rest.num_columns <= (self.num_last or size // num_parts)
+            longest_last = min(size, cache.best_part_length) if takes_parts else size
+            is_last = rest.num_columns <= (self.num_last or longest_last)
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.synced_gpus, device=rest.tokens.device):
                 return rest
             if is_last:
                 as_written(**others | _idle_pass(rest.tokens, rest.name))
             else:
                 size = min(size, rest.num_columns - (self.num_last or 1))
-                num_parts = min(num_parts, cache.num_parts_of(size))
-                chunk, rest = rest.split(size // num_parts * num_parts)
+                if takes_parts and size > cache.best_part_length:
+                    size -= size % cache.best_part_length
+                chunk, rest = rest.split(size)
+                num_parts = cache.num_parts_of(size) if takes_parts else 1
                 as_written(**others | cache.prepare(**chunk.arguments, num_parts=num_parts))
 
     def _default_chunk_size(self, takes_parts: bool) -> int:
@@ -4033,7 +4063,8 @@ def _num_already_seen(cache: SinkCache, row: int, num_tokens: int, ids: torch.Te
     raise ValueError(
         f"Can't tell which of the {num_tokens} tokens passed for row {row} are new: they do not continue the {num_seen} that the cache "
         f"has seen.{hint} If the text was decoded and tokenized again, keep the ids: torch.cat([sequences, new_ids], "
-        f"1). Pass the whole text, its last {cache.window_length} tokens (no more, no less), or only what the cache has not seen, "
+        "1); if this row ended before others, the cache has seen the padding behind its end, and it needs a new one. "
+        f"Pass the whole text, its last {cache.window_length} tokens (no more, no less), or only what the cache has not seen, "
         "sequences[:, cache.get_seq_length():] and then the new ids, with an attention_mask for the whole text; with padding, pass "
         "attention_mask in any case. For another text, pass a new cache."
     )

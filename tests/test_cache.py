@@ -68,21 +68,29 @@ def test_how_many_parts(model):
     assert cache.num_parts_of(100) == 1
     feed(model, cache, random_ids(1), [1])
     assert [cache.num_parts_of(num) for num in (1, 4, 8, 12, 100)] == [1, 1, 2, 3, 25]
+    assert [cache.num_parts_of(num) for num in (13, 14, 50, 127)] == [1, 2, 10, 127]  # divisors only
+    for num_tokens in range(1, 40):
+        cache.prepare(random_ids(num_tokens), num_parts=cache.num_parts_of(num_tokens))
+    for value in (0, -5, 2.5, "512", None):
+        with pytest.raises(ValueError, match=f"num_columns must be an int of at least 1, got {value!r}"):
+            cache.num_parts_of(value)
     assert Window(256, 4).part_length == 32 and Window(4096, 4).part_length == 256 and Window(1, 0).part_length == 1
 
 
 def test_what_can_not_come_in_parts_is_refused(model):
     """The message says why; and the cache is as before."""
     cache, streams = filled(model, 15, num_rows=2)
-    with pytest.raises(ValueError, match="num_parts=2 can't be used for this pass: a window is not full yet.*num_parts_of"):
+    with pytest.raises(
+        ValueError, match="num_parts=2 can't be used for this pass: the window of a row is not full yet.*Leave it out"
+    ):
         cache.prepare(streams[:, 15:25], num_parts=2)
     feed(model, cache, streams[:, 15:16], [1])
-    with pytest.raises(ValueError, match="10 tokens can't be divided into parts of one length"):
+    with pytest.raises(ValueError, match=r"10 tokens can't be divided into so many parts of one length. Take num_parts_of\(10\)"):
         cache.prepare(streams[:, 16:26], num_parts=3)
-    for num_parts in (0, -2, 2.0):
-        with pytest.raises(ValueError, match=f"num_parts={num_parts} can't be used.*at least 1"):
+    for num_parts in (0, -2, 2.0, "2"):
+        with pytest.raises(ValueError, match=f"num_parts={num_parts!r} can't be used.*at least 1"):
             cache.prepare(streams[:, 16:26], num_parts=num_parts)
-    with pytest.raises(ValueError, match="a row has padding"):
+    with pytest.raises(ValueError, match="a row has padding. Leave it out"):
         cache.prepare(streams[:, 16:26], torch.tensor([[0] + 9 * [1], 10 * [1]]), num_parts=2)
     assert_goes_on(model, cache, streams, 16)
     with pytest.raises(ValueError, match="Make it with SinkCache.from_model"):

@@ -343,6 +343,27 @@ def test_what_is_no_model_and_no_cache(untouched):
         generate(random_ids(5), model=untouched, past_key_values=(1, 2))
 
 
+def test_what_is_no_tensor_of_tokens_for_prepare(model):
+    cache = SinkCache.from_model(model, **WINDOW)
+    for value, shown in (
+        ([1, 2], r"\[1, 2\]"),
+        (None, "None"),
+        (random_ids(4)[0], r"shape \(4,\)"),
+        (random_ids(4)[:, :0], r"shape \(1, 0\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"No tokens: pass input_ids \[batch, num_columns\].*got {shown}"):
+            cache.prepare(value)
+    with pytest.raises(ValueError, match=r"attention_mask must be a Tensor, got \[\[1, 1\]\] \(list\)"):
+        cache.prepare(random_ids(2), [[1, 1]])
+    assert not cache.is_initialized
+
+
+def test_a_window_longer_than_float32_can_tell_apart(model):
+    """Its angles are rounded too far to keep the rules: what is found then, a rotation of its own, is not the whole reason."""
+    with pytest.raises(ValueError, match="can't tell positions up to 2000000000 apart.*try a shorter one"):
+        SinkCache.from_model(model, 10**9)
+
+
 def test_a_mask_for_prepare_that_is_too_short(model):
     """Would number the tokens wrongly, without a word."""
     cache = SinkCache.from_model(model, **WINDOW)
