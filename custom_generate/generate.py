@@ -2399,10 +2399,9 @@ class SinkCache(NotesRecurrentLayers, Cache):
         if num_parts != 1:
             self._check_parts(num_columns, num_new, num_parts)
         self._begin(batch_size, num_columns, num_new, num_parts=num_parts)
-        self._pass.input_ids = input_ids
-
-        if self._is_at_cursor:  # a graph is made for one layout
+        if self._is_at_cursor:  # a graph is made for one layout, and this pass stays on record until the next one
             tokens = tokens.clone(memory_format=torch.contiguous_format)
+        self._pass.input_ids = tokens if inputs_embeds is None else input_ids
         if num_parts > 1:
             tokens = tokens.unflatten(1, (num_parts, -1)).flatten(0, 1)
         inputs = {"input_ids" if inputs_embeds is None else "inputs_embeds": tokens}

@@ -272,6 +272,18 @@ def test_a_model_that_the_user_compiled(how):
     assert counters["stats"]["unique_graphs"] == (0 if how == "wrapper" else 2)
 
 
+def test_a_pass_does_not_hold_on_to_the_text_that_its_token_is_a_view_of():
+    """It is on record until the next one begins: with it, a cache would grow with the text."""
+    model, text = build_model("llama", "sdpa"), random_ids(1000)
+    cache = static_cache(model)
+    feed(model, cache, text[:, :20], [20])
+    inputs = cache.prepare(text[:, 20:21])
+    assert cache._pass.input_ids.untyped_storage().nbytes() == text.element_size()
+    with torch.no_grad():
+        model(**inputs)
+    assert cache.known_token_ids(0)[1].tolist() == text[0, 9:21].tolist()
+
+
 def test_nothing_moves():
     """Addresses are those of the first token after every kind of operation: CUDA graphs read and write them."""
     model = build_model("qwen2-half-sliding", "sdpa")
