@@ -106,17 +106,20 @@ def label_axes(axes, labels: tuple[str, str]) -> None:
 
 
 def label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """A label right of the end of each line: at its height, or as near as the others allow."""
+    """A label right of the end of each line: at its height, or as near as the others allow. Lines that end before the edge have labels
+    among themselves."""
     from matplotlib.patheffects import withStroke
 
     points = axes.figure.dpi / 72
-    ends = sorted(ends, key=lambda end: end[1])
-    heights = [axes.transData.transform(end[:2])[1] / points for end in ends]
-    for (x, y, label, color), height, free in zip(ends, heights, apart(heights, LABEL_HEIGHT)):
-        axes.annotate(
-            label, (x, y), xytext=(7, free - height), textcoords="offset points", color=color, size=10, va="center", weight="bold",
-            path_effects=[withStroke(linewidth=4, foreground="white")],
-        )  # fmt: skip
+    edge = max(end[0] for end in ends)
+    for is_at_edge in (False, True):
+        group = sorted((end for end in ends if (end[0] == edge) == is_at_edge), key=lambda end: end[1])
+        heights = [axes.transData.transform(end[:2])[1] / points for end in group]
+        for (x, y, label, color), height, free in zip(group, heights, apart(heights, LABEL_HEIGHT)):
+            axes.annotate(
+                label, (x, y), xytext=(7, free - height), textcoords="offset points", color=color, size=10, va="center", weight="bold",
+                path_effects=[withStroke(linewidth=4, foreground="white")],
+            )  # fmt: skip
 
 
 def apart(heights: list[float], distance: float) -> list[float]:

@@ -15,6 +15,7 @@ import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, random_ids
 from families import build_model
 from generate import SinkCache, generate
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_invariants import move_counters
 
@@ -63,6 +64,8 @@ def test_it_goes_on_with_the_same_bits(tmp_path, num_seen):
     ],
 )
 def test_every_kind_of_model(tmp_path, name, dtype):
+    if dtype == torch.float16 and Version(torch.__version__) < Version("2.2"):
+        pytest.skip("this torch can't multiply float16 on a CPU")
     model = build_model(name, dtype=dtype)
     cache = SinkCache.from_model(model, **WINDOW)
     feed(model, cache, random_ids(40), [16] + [1] * 24)
