@@ -55,7 +55,7 @@ def new_chat(model, tokenizer, template=None, system=None, **options) -> tuple[c
     """A chat, and a list of all that goes through the model."""
     fed: list[int] = []
     cache = SinkCache.from_model(model, 32, 4)
-    model.register_forward_pre_hook(lambda _, args, kwargs: fed.extend(kwargs["input_ids"][0].tolist()), with_kwargs=True)
+    model.register_forward_pre_hook(lambda _, args, kwargs: fed.extend(kwargs["input_ids"].flatten().tolist()), with_kwargs=True)
     tokenizer.chat_template = template
     return chat.Chat(model, tokenizer, cache, system, {"max_new_tokens": 30, "do_sample": False, **options}), fed
 

@@ -63,9 +63,15 @@ SHORTER = {
     "--num-tokens 16384": "--num-tokens 300",
     "--max-new-tokens 200000": "--max-new-tokens 300",
     "--num-threads 1": "--num-threads 1 --preset tiny --window-length 32 --num-tokens 4 --num-rounds 2 --methods sink dynamic",
-    "--batch-size 8 --window-length 256 1024 --num-rounds 9 --num-tokens 16": "--batch-size 2",
-    "--measure age --preset tiny --window-length 256 --num-tokens 200": "--measure age --age 20 40",
-    "--measure prefill --window-length 256": "--measure prefill --prefill-windows 4 --chunk-length 8",
+    "--window-length 16384 32768 --num-rounds 9 --num-tokens 16": "--max-fill-length 8",
+    "--batch-size 8 --window-length 256 1024 4096 --num-rounds 9 --num-tokens 16": "--batch-size 2",
+    "--methods sink sink-compiled dynamic static static-compiled rerotate frozen": "--methods sink frozen",
+    "--methods sink sink-compiled dynamic static-compiled rerotate frozen": "--methods sink frozen",
+    "--measure age --preset tiny --window-length 256 --num-tokens 200 --num-rounds 60 --age 512 100000 1000000": "--measure age --age 20 40",
+    "--measure stream --preset tiny --window-length 256 --stream-length 1000 10000 100000": "--measure stream --stream-length 20 40",
+    "--methods sink-generate sink-static-generate sink-compiled dynamic-generate native-window-generate rerotate": "--methods sink-generate",
+    "--measure prefill --window-length 256": "--measure prefill --prefill-windows 4",
+    "--chunk-length 128 256 --max-dynamic-length 4096 --prefill-rounds 5": "--chunk-length 8 --prefill-rounds 1",
 }
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{{ eos_token }}{% endfor %}"
