@@ -181,9 +181,11 @@ def speed_table(rows: list[Row]) -> str:
 def speed_cell(row: Row | None) -> str:
     if row is None:
         return ""
+    milliseconds = f"{float(row['ms_per_token']):.1f}"
+    if row["reference"] in ("", row["method"]):
+        return milliseconds
     ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
-    spread = "" if row["method"] == row["reference"] else f" ({ratio:.2f}, {low:.2f}-{high:.2f})"
-    return f"{float(row['ms_per_token']):.1f}{spread}"
+    return f"{milliseconds} ({ratio:.2f}, {low:.2f}-{high:.2f})"
 
 
 # Text: what scripts/evaluate.py and scripts/stream_eval.py have written

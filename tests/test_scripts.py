@@ -202,6 +202,7 @@ def test_the_table_of_speed_is_what_was_measured():
         "ratio_high": "1.0",
     }
     assert plot.speed_cell(row) == "9.8 (0.99, 0.96-1.00)" and plot.speed_cell(row | {"method": "dynamic"}) == "9.8"
+    assert plot.speed_cell(row | {"reference": "", "ratio": ""}) == "9.8"  # measured without the reference
 
 
 def test_labels_stand_apart_and_near():
