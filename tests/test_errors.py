@@ -339,7 +339,7 @@ def test_a_release_that_is_too_old(monkeypatch):
 def test_what_is_no_model_and_no_cache(untouched):
     with pytest.raises(ValueError, match=r"takes a loaded model, got 'gpt2' \(str\)"):
         SinkCache.from_model("gpt2")
-    with pytest.raises(ValueError, match=r"must be a Cache, got \(1, 2\) \(tuple\)"):
+    with pytest.raises(ValueError, match=r"The cache that is passed must be a Cache, got \(1, 2\) \(tuple\)"):
         generate(random_ids(5), model=untouched, past_key_values=(1, 2))
 
 

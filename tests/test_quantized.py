@@ -399,7 +399,7 @@ def test_generate(model):
         ({"residual_length": -1}, "residual_length must be an int of at least 0, got -1"),
         ({"bits": 4}, "cache_config has no option bits. It takes backend, nbits, axis_key,"),
         ({"backend": "fp8"}, "window_length=32 with num_sink_tokens=4 leaves nothing to quantize: residual_length=128"),
-        (4, r"cache_config .* must be a dict, got 4 \(int\)"),
+        (4, r"cache_config \(quantized= of a SinkCache\) must be a dict, got 4 \(int\)"),
     ],
 )
 def test_options_that_are_refused(model, options, message):

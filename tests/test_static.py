@@ -219,7 +219,6 @@ def test_generate_compiles_once(num_rows):
 
 
 @compiling
-@compiling
 @pytest.mark.parametrize("static", [False, True])
 def test_a_compiled_pass_in_parts(static):
     """One of `generate` is not compiled, but one of the user's own may be."""
@@ -236,6 +235,7 @@ def test_a_compiled_pass_in_parts(static):
     assert_same(torch.cat(logits)[None], expected)
 
 
+@compiling
 def test_a_second_text_needs_no_second_graph():
     model = build_model("llama", "sdpa")
     arguments = compiled_by_generate()
