@@ -19,7 +19,7 @@ class Ring:
     What is written stays as it is. Only the sinks move (`Sinks`).
 
     Attributes:
-        sinks: the group in which the sinks of this ring move; None if they do not move.
+        sinks, number: the group in which the sinks of this ring move, and its number there; None if they do not move.
         log: what recorded passes have overwritten: `(rows, slots, tokens), states`.
     """
 
@@ -28,6 +28,7 @@ class Ring:
         num_heads, head_dim = shape
         self.slots = torch.zeros(0, num_heads, 0, head_dim, dtype=dtype, device=device)
         self.sinks: Sinks | None = None
+        self.number: int | None = None
         self.log: list[tuple] = []
 
     @property
@@ -72,12 +73,16 @@ class Ring:
 
     def _write(self, plan: Plan, held: torch.Tensor, new: torch.Tensor) -> None:
         if plan.current.is_recorded:
-            rows, slots, _ = plan.written
-            self.log.append((plan.written, held[rows, :, slots]))
+            self.record(plan, held)
         if isinstance(plan.slots, slice):
             held.narrow(2, plan.slots.start, plan.num_columns).copy_(new)
         else:
             held[plan.rows, :, plan.slots] = new[plan.rows, :, plan.columns]
+
+    def record(self, plan: Plan, held: torch.Tensor) -> None:
+        """Keep what the pass is about to overwrite."""
+        rows, slots, _ = plan.written
+        self.log.append((plan.written, held[rows, :, slots]))
 
     @torch.inference_mode(False)  # the slots can be changed later in any mode
     def _grow(self, num_slots: int) -> None:
@@ -126,8 +131,8 @@ class Sinks:
 
     def __init__(self, rings: list[Ring]):
         self.rings, self.window, self.rotation = rings, rings[0].window, rings[0].rotation
-        for ring in rings:
-            ring.sinks = self
+        for number, ring in enumerate(rings):
+            ring.sinks, ring.number = self, number
         self.clear()
 
     def clear(self) -> None:
@@ -139,14 +144,19 @@ class Sinks:
 
     def begin(self, plan: Plan) -> None:
         """Before a pass: bring the sinks to where its queries need them, or say where that is for each query."""
-        if self._are_new:
-            self._keep()
-        self._are_new, self.for_queries = plan.writes_sinks, None
+        self.keep_new(plan)
+        self.for_queries = None
         if plan.hands_out_slots:
-            self._move(plan.shifts)
+            self.move(plan.shifts)
         else:
-            self._move([0])
+            self.move([0])
             self.for_queries = self.cos_sin(plan.shifts[:, None])
+
+    def keep_new(self, plan: Plan) -> None:
+        """Keep the sinks that the last pass has written, as they came."""
+        if self._are_new:
+            self.keep()
+        self._are_new = plan.writes_sinks
 
     def restored(self) -> None:
         """The slots were filled with sinks as they came."""
@@ -161,11 +171,11 @@ class Sinks:
             now = torch.where(is_moved, self.pristine[0].to(now.dtype), now)
         return list(now.unbind())
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
         now = torch.stack(self.rotation.pairs(torch.stack(self.as_they_came())))
-        self.pristine = now if self.pristine is None else self.pristine.copy_(now)
+        self.pristine = self.pristine.copy_(now) if self.pristine is not None and self.pristine.shape == now.shape else now
 
-    def _move(self, shifts: list[int]) -> None:
+    def move(self, shifts: list[int]) -> None:
         if shifts == self.moved_by:
             return
         if self._viewed is not self.rings[0].slots:
@@ -201,8 +211,7 @@ class Sinks:
 class SinkLayer(CacheLayerMixin):
     """One attention layer of a `SinkCache`, as transformers knows it. The pass is decided before; a layer only carries it out."""
 
-    is_croppable = True
-    record_past = False
+    is_croppable = is_initialized = True  # a pass makes room for all layers when it begins
 
     def __init__(self, window: Window, rings: Sequence[Ring], stream, is_sliding: bool):
         self.window, self.rings, self.stream, self.is_sliding = window, tuple(rings), stream, is_sliding
@@ -216,12 +225,8 @@ class SinkLayer(CacheLayerMixin):
     def values(self) -> torch.Tensor:
         return self.rings[1].slots
 
-    @property
-    def is_initialized(self) -> bool:
-        return self.stream.batch_size != -1
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: a pass makes room for all layers when it begins."""
+        """Nothing has to be done."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """`[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
@@ -244,6 +249,8 @@ class SinkLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.plan = None
+        for ring in self.rings:
+            ring.allocate(0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         for ring in self.rings:

@@ -74,6 +74,8 @@ class Plan:
         order: slots in the order of their tokens, `[rows, num_held]`, for an ordered pass. Else None.
     """
 
+    is_in_tensors = False  # the numbers of the pass stand in Python
+
     def __init__(self, window: Window, current: Pass, device: torch.device):
         num_seen, num_after = current.num_seen, current.num_after
         self.window, self.current, self.device = window, current, device
@@ -194,6 +196,10 @@ class Plan:
 
     # What each query sees
 
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """`visible` in the form that attention takes, `[rows, 1, columns, kv_length]`."""
+        return as_mask(self.visible()[:, None], dtype)
+
     def visible(self) -> torch.Tensor:
         """Bool, `[rows, columns, kv_length]`; of a pass in parts, `[1, part_length, kv_length]`, because all parts are alike."""
         if self.is_causal and self.num_columns == 1:
@@ -226,3 +232,10 @@ class Plan:
         new = ~is_padding[:, None, :] & (token >= window.num_sinks) & window.sees(query, token)
         itself = torch.eye(self.num_columns, dtype=torch.bool, device=device) & is_padding[:, :, None]
         return torch.cat([sinks.expand(len(query), -1, -1), recent, new | itself], dim=-1)
+
+
+def as_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is visible, as a mask that says so (bool), or as a mask that is added to the scores."""
+    if dtype == torch.bool:
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

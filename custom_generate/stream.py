@@ -8,6 +8,8 @@ from .plan import Pass, Plan
 from .rotation import Rotation
 from .window import Window
 
+KINDS = ("keys", "values")
+
 
 class Stream:
     """What the layers of a cache share.
@@ -30,13 +32,14 @@ class Stream:
     """
 
     def __init__(self, window: Window, layers: dict):
-        self.ids = self.new_ids(window, next(iter(layers.values())).device)
+        self.ids = self.new_ring(window, Rotation.identity(1), (1, 1), torch.long, next(iter(layers.values())).device)
         self.layers: dict[int, SinkLayer] = {}
         self.places: dict[tuple, tuple[list[SinkLayer], list[Sinks]]] = {self._place(self.ids): ([], [])}
         alike: dict[tuple, list[Ring]] = {}
         for index, traits in layers.items():
             own = native_window(traits.native_window, window)
-            rings = [self.new_ring(own, traits, number) for number in range(2)]
+            kinds = zip(KINDS, traits.rotations, traits.shapes)
+            rings = [self.new_ring(own, rotation, shape, traits.dtype, traits.device, kind=kind) for kind, rotation, shape in kinds]
             self.layers[index] = SinkLayer(own, rings, self, is_sliding=traits.native_window == own.length)
             self.places.setdefault(self._place(rings[0]), ([], []))[0].append(self.layers[index])
             for ring in rings:
@@ -48,14 +51,11 @@ class Stream:
         self.first_layer, self.last_layer = min(layers), max(layers)
         self.clear()
 
-    # Other ways to hold a window replace these four.
+    # Other ways to hold a window replace these three.
 
-    def new_ids(self, window: Window, device: torch.device) -> Ring:
-        return Ring(window, Rotation.identity(1), (1, 1), torch.long, device)
-
-    def new_ring(self, window: Window, traits, number: int) -> Ring:
-        """For the keys (number 0) or the values (1) of a layer."""
-        return Ring(window, traits.rotations[number], traits.shapes[number], traits.dtype, traits.device)
+    def new_ring(self, window: Window, *how, kind: str | None = None) -> Ring:
+        """For the keys or the values of a layer, or (kind None) for ids. `how` are the other arguments of a `Ring`."""
+        return Ring(window, *how)
 
     def new_sinks(self, rings: list[Ring]) -> Sinks:
         return Sinks(rings)
@@ -78,6 +78,11 @@ class Stream:
     def groups(self) -> list[Sinks]:
         return [sinks for _, groups in self.places.values() for sinks in groups]
 
+    def rings_at(self, window: Window, device: torch.device) -> list[Ring]:
+        layers, _ = self.places[window, device]
+        ids = [self.ids] if self._place(self.ids) == (window, device) else []
+        return [ring for layer in layers for ring in layer.rings] + ids
+
     def begin(self, current: Pass) -> None:
         """Open a pass, for which all checks have been made."""
         if self.batch_size == -1:
@@ -93,7 +98,7 @@ class Stream:
                 layer.plan = plan
             for sinks in groups:
                 sinks.begin(plan)
-            if window is self.ids.window:
+            if self._place(self.ids) == (window, device):
                 self.ids_plan = plan
 
     def commit(self) -> None:
