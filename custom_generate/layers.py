@@ -37,21 +37,34 @@ class Ring:
         return self.window.length
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that the ring holds, by name. The rows of the batch are dimension 0 of each tensor."""
-        return {"slots": self.slots}
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that the ring holds."""
+        return [self.slots, *(states for _, states in self.log)]
+
+    @property
+    def num_bytes_on_host(self) -> int:
+        """Bytes that are offloaded."""
+        return 0
+
+    def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
+        """Views of everything that a text of so many tokens has left here, to be saved or to be filled. Dimension 0 has the rows."""
+        if num_tokens > self.slots.shape[2] < self.window.length:
+            self.grow(num_tokens)
+        return {"slots": self.slots[:, :, : min(num_tokens, self.window.length)]}
 
     def allocate(self, batch_size: int) -> None:
         """Begin with no tokens."""
+        self.log = []
         self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], 0, self.slots.shape[3])
 
     def update(self, plan: Plan, new: torch.Tensor) -> torch.Tensor:
         """Write new keys or values `[batch, heads, num_columns, head_dim]`; return those for the pass, `[batch, heads, kv_length, head_dim]`."""
         if plan.num_held > self.slots.shape[2]:
-            self._grow(plan.num_held)
-        return self._carry_out(plan, self.slots, new)
+            self.grow(plan.num_held)
+        return self.carry_out(plan, self.slots, new)
 
-    def _carry_out(self, plan: Plan, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def carry_out(self, plan: Plan, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """`update` on slots `held`, `[batch, heads, at least plan.num_held, head_dim]`."""
         if plan.hands_out_slots:
             self._write(plan, held, new)
             if plan.order is not None:
@@ -85,7 +98,7 @@ class Ring:
         self.log.append((plan.written, held[rows, :, slots]))
 
     @torch.inference_mode(False)  # the slots can be changed later in any mode
-    def _grow(self, num_slots: int) -> None:
+    def grow(self, num_slots: int) -> None:
         """To at least twice the size, so that a short text does not pay for the whole window."""
         batch_size, num_heads, num_before, head_dim = self.slots.shape
         num_slots = min(self.window.length, max(num_slots, 2 * num_before, MIN_SLOTS, self.window.num_sinks))
@@ -163,19 +176,16 @@ class Sinks:
         self.clear()
         self._are_new = True
 
-    def as_they_came(self) -> list[torch.Tensor]:
-        """The sinks of each ring, `[batch, heads, num_sinks, head_dim]`."""
+    def keep(self) -> None:
         now = torch.stack([ring.slots[:, :, : self.window.num_sinks] for ring in self.rings])
-        if any(self.moved_by):
+        if any(self.moved_by):  # some rows have moved sinks
             is_moved = torch.tensor(self.moved_by, device=now.device).bool()[:, None, None, None]
             now = torch.where(is_moved, self.pristine[0].to(now.dtype), now)
-        return list(now.unbind())
-
-    def keep(self) -> None:
-        now = torch.stack(self.rotation.pairs(torch.stack(self.as_they_came())))
+        now = torch.stack(self.rotation.pairs(now))
         self.pristine = self.pristine.copy_(now) if self.pristine is not None and self.pristine.shape == now.shape else now
 
     def move(self, shifts: list[int]) -> None:
+        """Bring the sinks in the slots to `shifts` positions from where they came."""
         if shifts == self.moved_by:
             return
         if self._viewed is not self.rings[0].slots:
@@ -203,7 +213,7 @@ class Sinks:
     def select_rows(self, index: torch.Tensor) -> None:
         self._viewed = None
         if self.pristine is not None:
-            self.pristine = selected(self.pristine.transpose(0, 2), index).transpose(0, 2)
+            self.pristine = selected(self.pristine, index, dim=2)
         if len(self.moved_by) > 1:
             self.moved_by = [self.moved_by[row] for row in index.tolist()]
 
@@ -257,9 +267,9 @@ class SinkLayer(CacheLayerMixin):
             ring.select_rows(beam_idx.to(ring.slots.device))
 
 
-def selected(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows `index` of dimension 0; in the same memory if there are as many rows as before."""
-    rows = states.index_select(0, index)
+def selected(states: torch.Tensor, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """The rows `index` of what has its rows in dimension `dim`; in the same memory if there are as many rows as before."""
+    rows = states.index_select(dim, index)
     return states.copy_(rows) if rows.shape == states.shape else rows
 
 

@@ -75,6 +75,12 @@ class Stream:
         return [ring for layer in self.layers.values() for ring in layer.rings]
 
     @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that it holds."""
+        held = [tensor for ring in (*self.rings, self.ids) for tensor in ring.tensors]
+        return held + [tensor for sinks in self.groups for tensor in sinks.tensors]
+
+    @property
     def groups(self) -> list[Sinks]:
         return [sinks for _, groups in self.places.values() for sinks in groups]
 
