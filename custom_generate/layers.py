@@ -148,7 +148,13 @@ class Sinks:
             ring.sinks, ring.number = self, number
         self.clear()
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that is held beside the slots."""
+        return [tensor for tensor in (self.pristine, self.for_queries, self._ahead) if tensor is not None]
+
     def clear(self) -> None:
+        """As before the first token."""
         self.moved_by, self.for_queries = [0], None
         self.pristine: torch.Tensor | None = None  # with their partners, float32 [2, layers, batch, heads, num_sinks, head_dim]
         self._are_new = False  # the last pass has written some of them
@@ -186,7 +192,7 @@ class Sinks:
 
     def move(self, shifts: list[int]) -> None:
         """Bring the sinks in the slots to `shifts` positions from where they came."""
-        if shifts == self.moved_by:
+        if shifts == self.moved_by or self.pristine is None:
             return
         if self._viewed is not self.rings[0].slots:
             self._viewed = self.rings[0].slots

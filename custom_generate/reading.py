@@ -5,6 +5,7 @@ import math
 import torch
 from transformers import Cache
 
+from .doors import check_count
 from .inputs import ModelInputs
 from .layers import SinkLayer
 from .probe import ModelTraits
@@ -191,8 +192,3 @@ class ReadableCache(Cache):
                 "This SinkCache does not know how the model moves keys. Make it with SinkCache.from_model(model, "
                 f"window_length={self.window_length}, num_sink_tokens={self.num_sink_tokens}), or generate with custom_generate."
             )
-
-
-def check_count(name: str, value) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r} ({type(value).__name__}).")

@@ -190,3 +190,18 @@ class Stream:
 def native_window(native_length: int | None, window: Window) -> Window:
     """A native window that is not longer stays as it is, without sinks: the layer was trained so."""
     return window if native_length is None or native_length > window.length else Window(native_length, 0)
+
+
+def next_base(num_seen: list[int], num_after: list[int], base: list[int], traits, window_length: int) -> list[int]:
+    """The base of each row for a pass: rarely raised, and then so that positions go on from `window_length`.
+
+    Positions stay small, so that float32 angles are exact, and the frequencies of all RoPE types are those of short texts. A key is
+    rotated back, and so rounded, at most once in `window_length` tokens.
+    """
+    bases = []
+    limit = traits.max_positions
+    for seen, after, start in zip(num_seen, num_after, base):
+        is_due = seen - start >= traits.rebase_at or (limit is not None and after - start > limit)
+        lowest = min(seen, window_length)  # else sinks would stand before position 0; met only after a roll-back
+        bases.append(seen - lowest if is_due or seen - start < lowest else start)
+    return bases
