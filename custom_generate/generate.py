@@ -253,13 +253,14 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         num_after = [seen + new for seen, new in zip(num_seen, num_new)]
         if is_prepared:
             base = next_base(num_seen, num_after, base, traits, self.window_length)
-        if len(num_new) > 1 and len(set(zip(num_seen, num_new, base))) == 1:  # all rows alike: one number serves them all
-            num_seen, num_new, base = num_seen[:1], num_new[:1], base[:1]
+        counts = num_seen, num_new, num_after, base
+        if len(num_new) > 1 and len(set(zip(*counts))) == 1:  # all rows alike: one number serves them all
+            counts = [numbers[:1] for numbers in counts]
         evicts = num_columns > 1 and any(max(num_after) > window.length for window, _ in stream.places)
         quantizes = self.quantization is not None and num_columns > 1
         can_be_repeated = not (evicts or quantizes or traits.is_recurrent)
         flags = traits.is_ordered, is_prepared, stream.is_recording, can_be_repeated
-        current = Pass(num_seen, num_new, base, batch_size, num_columns, num_parts, *flags, input_ids)
+        current = Pass(*counts, batch_size, num_columns, num_parts, *flags, input_ids)
         check_pass(current, traits, self.window_length, evicts)
         if traits.is_recurrent:
             self.recurrent.check(current)
@@ -291,8 +292,9 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         stream = self.stream
         if stream is None:
             return
-        stream.settle()
-        if self._is_interrupted:
+        if stream.done is not None:
+            stream.settle()
+        if (stream.current is not None or self.traits.is_recurrent) and self._is_interrupted:
             raise ValueError(
                 f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already let go of "
                 "what a second try needs. Call reset(), or go on from a copy that was made before."
@@ -321,7 +323,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
         `query_length` is a number, or the positions of the queries (before transformers 5).
         """
-        self.require_model()
+        if self.stream is None:
+            self.require_model()
         num_columns = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
         stream, layer = self.stream, self._layer_at(layer_idx)
         if stream.current is not None and not stream.has_begun:
