@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, field
 
 from common import add_block_arguments, check_or_write_block
-from generate import HAS_ALL_BEAM_SEARCHES, SUPPORTED_ATTENTION, UNSUPPORTED_OPTIONS
+from custom_generate.generate import SUPPORTED_ATTENTION, UNSUPPORTED_OPTIONS
 
 VERDICTS = WORKS, NO_EFFECT, REFUSED, NOT_TRIED = "works", "no effect", "refused", "not tried"
 

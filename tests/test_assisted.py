@@ -11,7 +11,7 @@ import torch
 import transformers
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, random_ids
 from families import TRANSFORMERS, VOCAB_SIZE, build_model
-from generate import Drafter, SinkCache, generate
+from custom_generate.generate import Drafter, SinkCache, generate
 from oracle import oracle_logits
 from packaging import version
 from transformers import AutoTokenizer, LogitsProcessor

@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks import assert_same, left_padded, random_ids
 from families import build_model
-from generate import HAS_ALL_BEAM_SEARCHES, SinkCache, generate
+from custom_generate.generate import SinkCache, generate
 from oracle import oracle_logits
 from transformers import LogitsProcessor
 from transformers.modeling_outputs import CausalLMOutput
@@ -48,7 +48,7 @@ def without_a_cache(model):
     return view
 
 
-in_tree = pytest.mark.skipif(not HAS_ALL_BEAM_SEARCHES, reason="this transformers has it in a repository of its own")
+in_tree = pytest.mark.skipif(not reason="this transformers has it in a repository of its own")
 
 
 @pytest.mark.parametrize(

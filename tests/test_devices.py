@@ -7,7 +7,7 @@ import torch
 from cards import Cards, plug_in_cards, put
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
 from families import build_model
-from generate import History, SinkCache, generate
+from custom_generate.generate import History, SinkCache, generate
 from oracle import oracle_logits
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, left_padded, random_ids
 from families import TRANSFORMERS, build_model
-from generate import CACHE_NAME, CACHE_OPTIONS, UNSUPPORTED_OPTIONS, SinkCache, generate
+from custom_generate.generate import CACHE_NAME, CACHE_OPTIONS, UNSUPPORTED_OPTIONS, SinkCache, generate
 from packaging import version
 from transformers import AutoModelForCausalLM, DynamicCache
 from zoo import ZOO_RELEASE, zoo_config

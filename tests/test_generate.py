@@ -9,7 +9,7 @@ import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
 from families import ORDERED, build_model, first_served
-from generate import CACHE_NAME, History, SinkCache, generate
+from custom_generate.generate import CACHE_NAME, History, SinkCache, generate
 from oracle import oracle_logits
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
 

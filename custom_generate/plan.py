@@ -1,0 +1,1 @@
+from .old_core import count_tokens  # noqa

@@ -1,0 +1,1 @@
+from .old_core import check_is_decoder  # noqa
