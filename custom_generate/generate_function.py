@@ -52,11 +52,13 @@ def generate(
         ValueError: something passed can't be processed exactly. The message names it; the model has not been run, and the cache
             is as before.
     """
-    model, arguments = unwrapped(model), {**locals(), **kwargs}
-    for name in ("model", "kwargs"):
-        del arguments[name]
+    model = unwrapped(model)
+    kwargs |= {"inputs": inputs, "generation_config": generation_config, "assistant_model": assistant_model, "streamer": streamer}
+    kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "synced_gpus": synced_gpus}
+    kwargs |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "prefill_chunk_size": prefill_chunk_size}
+    kwargs |= {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     check_is_decoder(model)
-    call = Call(model, arguments)
+    call = Call(model, kwargs)
     call.refuse_unsupported()
     cache = call.cache_to_continue()
     if cache is None:
