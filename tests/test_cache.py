@@ -16,7 +16,7 @@ from checks import (
     random_ids,
 )
 from families import EAGER_ONLY, build_model, first_served
-from generate import MODELS_ASK_FOR_QUERY_OFFSET, Cursor, SinkCache, Step, Window, generate
+from custom_generate.generate import MODELS_ASK_FOR_QUERY_OFFSET, Cursor, SinkCache, Step, Window, generate
 from oracle import oracle_logits
 
 # Tokens seen before the operation: fewer than the sinks, filling, at the edge, past it, past several re-bases.

@@ -3,7 +3,7 @@
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, random_ids
 from families import build_model
-from generate import generate
+from custom_generate.generate import generate
 from oracle import oracle_logits
 from torch._dynamo.utils import counters
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
 from families import build_model
-from generate import SinkCache, generate
+from custom_generate.generate import SinkCache, generate
 from oracle import oracle_logits
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, left_padded, random_ids
 from families import TRANSFORMERS, build_model
-from generate import CACHE_NAME, CACHE_OPTIONS, UNSUPPORTED_OPTIONS, SinkCache, generate
+from custom_generate.generate import CACHE_NAME, CACHE_OPTIONS, UNSUPPORTED_OPTIONS, SinkCache, generate
 from packaging import version
 from transformers import AutoModelForCausalLM, DynamicCache
 from zoo import ZOO_RELEASE, zoo_config
@@ -394,7 +394,7 @@ def test_a_changed_history_is_pointed_at(model):
 def test_padding_without_a_mask_is_warned_of(model, caplog):
     ids = random_ids(5, num_rows=2)
     ids[0, :3] = 7
-    transformers.logging.get_logger("generate").propagate = True
+    transformers.logging.get_logger("custom_generate").propagate = True
     with caplog.at_level("WARNING"):
         generate(ids, model=model, pad_token_id=7, eos_token_id=7, max_new_tokens=2, **WINDOW)
     assert "become the sinks" in caplog.text

@@ -25,7 +25,7 @@ import torch
 import transformers
 from checks import assert_same, interrupted_at, left_padded, random_ids
 from families import EAGER_ONLY, FAMILIES, ORDERED, TRANSFORMERS, build_model, is_refused
-from generate import MIN_SLOTS, MODELS_ASK_FOR_QUERY_OFFSET, NUM_TURNS_AT_ONCE, SinkCache, generate
+from custom_generate.generate import MIN_SLOTS, MODELS_ASK_FOR_QUERY_OFFSET, NUM_TURNS_AT_ONCE, SinkCache, generate
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test

@@ -2,12 +2,12 @@
 
 import copy
 
-import generate
+import custom_generate.generate as generate
 import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
 from families import FAMILIES, TRANSFORMERS, build_model
-from generate import NUM_TURNS_AT_ONCE, SinkCache
+from custom_generate.generate import NUM_TURNS_AT_ONCE, SinkCache
 from oracle import native_windows, oracle_logits
 from packaging import version
 from stdlib_text import stdlib_text

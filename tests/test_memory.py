@@ -12,7 +12,7 @@ import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, feed, random_ids
 from families import ORDERED, TRANSFORMERS, build_model, is_refused
-from generate import ModelTraits, Rotation, SinkCache, generate
+from custom_generate.generate import ModelTraits, Rotation, SinkCache, generate
 from packaging import version
 from transformers import PretrainedConfig
 from zoo import ZOO_RELEASE, build_zoo_model

@@ -12,7 +12,7 @@ import torch
 import transformers
 from checks import assert_same, left_padded, random_ids
 from families import VOCAB_SIZE, build_model
-from generate import SinkCache, generate
+from custom_generate.generate import SinkCache, generate
 from oracle import oracle_logits
 from transformers import GenerationConfig, LogitsProcessorList, TextIteratorStreamer, TextStreamer
 from transformers.generation import logits_process

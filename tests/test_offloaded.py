@@ -9,7 +9,7 @@ import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, interrupted_at, left_padded, random_ids
 from families import EAGER_ONLY, ORDERED, build_model, first_served
-from generate import OFFLOADED, OffloadedStates, SinkCache, generate
+from custom_generate.generate import OFFLOADED, OffloadedStates, SinkCache, generate
 from oracle import oracle_logits
 
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate import SinkCache, generate
+from custom_generate.generate import SinkCache, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 TEXT = "The cache holds the first tokens and the most recent ones. What is in between is gone, and the text goes on. " * 8

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checks import assert_same, feed, interrupted_at, left_padded, random_ids
 from families import build_model
-from generate import CACHE_NAME, Quantization, SinkCache, generate
+from custom_generate.generate import CACHE_NAME, Quantization, SinkCache, generate
 from oracle import TOLERANCE, oracle_logits
 from test_assisted import assistant_like
 

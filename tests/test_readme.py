@@ -21,7 +21,7 @@ import publish
 import pytest
 import transformers
 from families import TRANSFORMERS, allow_local_code
-from generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_PREFILL_CHUNK_SIZES, DEFAULT_WINDOW_LENGTH, UNSUPPORTED_OPTIONS, generate
+from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_PREFILL_CHUNK_SIZES, DEFAULT_WINDOW_LENGTH, UNSUPPORTED_OPTIONS, generate
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]

@@ -2,13 +2,13 @@
 
 import math
 
-import generate
+import custom_generate.generate as generate
 import pytest
 import torch
 import transformers
 from checks import assert_same, feed, random_ids
 from families import FAMILIES, ORDERED, TRANSFORMERS, build_model
-from generate import Rotation, SinkCache, candidate_rotations
+from custom_generate.generate import Rotation, SinkCache, candidate_rotations
 from oracle import oracle_logits
 from packaging import version
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as rotate_interleaved

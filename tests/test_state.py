@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import generate as generate_module
+import custom_generate.generate as generate_module
 import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, random_ids
 from families import build_model
-from generate import SinkCache, generate
+from custom_generate.generate import SinkCache, generate
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_invariants import move_counters
@@ -147,7 +147,7 @@ sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
 from checks import feed, random_ids
 from families import TRANSFORMERS, build_model
-from generate import SinkCache
+from custom_generate.generate import SinkCache
 model = build_model("llama", "sdpa", dtype=torch.bfloat16)
 torch.save(feed(model, SinkCache.load({path!r}, model), random_ids(80, seed=9), {sizes!r}), {result!r})
 """

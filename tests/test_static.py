@@ -19,7 +19,7 @@ from checks import (
     random_ids,
 )
 from families import EAGER_ONLY, FAMILIES, TRANSFORMERS, build_model, is_refused
-from generate import SinkCache, _named_states, generate
+from custom_generate.generate import SinkCache, _named_states, generate
 from oracle import oracle_logits
 from packaging import version
 from torch._dynamo.utils import counters

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, random_ids
 from families import build_model
-from generate import SinkCache, generate
+from custom_generate.generate import SinkCache, generate
 from oracle import oracle_logits
 from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate import SinkCache
+from custom_generate.generate import SinkCache
 from stdlib_text import stdlib_text
 
 ROOT = Path(__file__).parents[1]

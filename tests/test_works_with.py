@@ -12,7 +12,7 @@ import works_with
 from checks import random_ids
 from common import readme_block
 from families import build_model
-from generate import LOADER_ARGUMENTS, SinkCache, generate
+from custom_generate.generate import LOADER_ARGUMENTS, SinkCache, generate
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.generation import configuration_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

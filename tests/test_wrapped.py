@@ -8,7 +8,7 @@ import torch
 import transformers
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, random_ids
 from families import allow_local_code, build_model
-from generate import CACHE_NAME, SinkCache, generate
+from custom_generate.generate import CACHE_NAME, SinkCache, generate
 from oracle import oracle_logits
 
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}

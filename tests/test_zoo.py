@@ -4,12 +4,12 @@ There is no third. A model that loads and gives other logits than the oracle, or
 door, is a bug here. `scripts/compatibility.py` writes the verdicts into the README.
 """
 
-import generate as generate_module
+import custom_generate.generate as generate_module
 import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
 from families import TRANSFORMERS
-from generate import Rotation, SinkCache, generate
+from custom_generate.generate import Rotation, SinkCache, generate
 from oracle import TOLERANCE, oracle_logits
 from packaging import version
 from zoo import LEFT_OUT, ZOO_RELEASE, ZOO_TYPES
