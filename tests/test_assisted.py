@@ -9,24 +9,20 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, random_ids
+from checks import WINDOW, assert_same, random_ids
 from families import TRANSFORMERS, VOCAB_SIZE, build_model
-from generate import Drafter, SinkCache, generate
 from oracle import oracle_logits
 from packaging import version
 from transformers import AutoTokenizer, LogitsProcessor
 from transformers.generation import candidate_generator
 from zoo import ZOO_RELEASE, zoo_config
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+from custom_generate.drafting import Drafter
+from custom_generate.generate import SinkCache, generate
+
 RECORD = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
 NO_END = {"eos_token_id": VOCAB_SIZE - 1}  # transformers before 4.57 looks nothing up without one
 ALL_DRAFTS = [(num_draft, num_right) for num_draft in (1, 2, 5, 11) for num_right in range(num_draft + 1)]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("llama", "sdpa")
 
 
 def assistant_like(model, noise: float, **schedule):

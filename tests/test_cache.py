@@ -16,8 +16,12 @@ from checks import (
     random_ids,
 )
 from families import EAGER_ONLY, build_model, first_served
-from generate import MODELS_ASK_FOR_QUERY_OFFSET, Cursor, SinkCache, Step, Window, generate
 from oracle import oracle_logits
+
+from custom_generate.generate import SinkCache, generate
+from custom_generate.releases import MODELS_ASK_FOR_QUERY_OFFSET
+from custom_generate.static import Cursor
+from custom_generate.window import Window
 
 # Tokens seen before the operation: fewer than the sinks, filling, at the edge, past it, past several re-bases.
 FILL_LEVELS = [2, 10, WINDOW_LENGTH - 1, WINDOW_LENGTH, WINDOW_LENGTH + 1, 50]

@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 from cards import Cards, plug_in_cards, put
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
+from checks import WINDOW, assert_same, feed, left_padded, random_ids
 from families import build_model
-from generate import History, SinkCache, generate
 from oracle import oracle_logits
 from transformers import AutoModelForCausalLM
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+from custom_generate.generate import SinkCache, generate
 
 
 @pytest.fixture

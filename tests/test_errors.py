@@ -7,19 +7,17 @@ import inspect
 import pytest
 import torch
 import transformers
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, left_padded, random_ids
+from checks import WINDOW, left_padded, random_ids
 from families import TRANSFORMERS, build_model
-from generate import CACHE_NAME, CACHE_OPTIONS, UNSUPPORTED_OPTIONS, SinkCache, generate
 from packaging import version
 from transformers import AutoModelForCausalLM, DynamicCache
 from zoo import ZOO_RELEASE, zoo_config
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+from custom_generate.generate import SinkCache, generate
+from custom_generate.options import CACHE_OPTIONS, UNSUPPORTED_OPTIONS
+from custom_generate.releases import CACHE_NAME
 
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("qwen3", "sdpa")
+MODEL = "qwen3"
 
 
 @pytest.fixture

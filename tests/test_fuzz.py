@@ -25,13 +25,16 @@ import torch
 import transformers
 from checks import assert_same, interrupted_at, left_padded, random_ids
 from families import EAGER_ONLY, FAMILIES, ORDERED, TRANSFORMERS, build_model, is_refused
-from generate import MIN_SLOTS, MODELS_ASK_FOR_QUERY_OFFSET, NUM_TURNS_AT_ONCE, SinkCache, generate
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from oracle import GrowingOracle, Text, oracle_logits
 from packaging.version import Version
 from zoo import ZOO_RELEASE, build_zoo_model
+
+from custom_generate.generate import SinkCache, generate
+from custom_generate.layers import MIN_SLOTS
+from custom_generate.releases import MODELS_ASK_FOR_QUERY_OFFSET
 
 NUM_OPERATIONS = int(os.environ.get("FUZZ_OPERATIONS", 400))
 SHRINK = bool(os.environ.get("FUZZ_SHRINK"))

@@ -7,19 +7,15 @@ import warnings
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
+from checks import NUM_SINK_TOKENS, RECORD, WINDOW, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
 from families import ORDERED, build_model, first_served
-from generate import CACHE_NAME, History, SinkCache, generate
 from oracle import oracle_logits
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
-RECORD = {"return_dict_in_generate": True, "output_logits": True}
+from custom_generate.generate import SinkCache, generate
+from custom_generate.releases import CACHE_NAME
 
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("qwen3", "sdpa")
+MODEL = "qwen3"
 
 
 def assert_logits_follow_the_rules(model, outputs, num_prompt_tokens: int, row: int = 0, num_padding: int = 0, history=None):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
 from families import FAMILIES, TRANSFORMERS, build_model
-from generate import NUM_TURNS_AT_ONCE, SinkCache
 from oracle import native_windows, oracle_logits
 from packaging import version
 from stdlib_text import stdlib_text
+
+from custom_generate.generate import SinkCache
 
 BILLION = 10**9
 

@@ -12,10 +12,13 @@ import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, feed, random_ids
 from families import ORDERED, TRANSFORMERS, build_model, is_refused
-from generate import ModelTraits, Rotation, SinkCache, generate
 from packaging import version
 from transformers import PretrainedConfig
 from zoo import ZOO_RELEASE, build_zoo_model
+
+from custom_generate.generate import SinkCache, generate
+from custom_generate.probe import ModelTraits
+from custom_generate.rotation import Rotation
 
 NOT_HELD = (type, types.ModuleType, types.FunctionType, torch.nn.Module, PretrainedConfig, ModelTraits, Rotation)
 

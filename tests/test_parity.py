@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate import SinkCache, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from custom_generate.generate import SinkCache, generate
 
 TEXT = "The cache holds the first tokens and the most recent ones. What is in between is gone, and the text goes on. " * 8
 # Of the logits' standard deviation, mean difference: rounding of the dtype, not a position that is off.

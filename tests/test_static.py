@@ -10,6 +10,7 @@ import pytest
 import torch
 from checks import (
     NUM_SINK_TOKENS,
+    WINDOW,
     WINDOW_LENGTH,
     assert_same,
     build_recurrent_model,
@@ -19,18 +20,18 @@ from checks import (
     random_ids,
 )
 from families import EAGER_ONLY, FAMILIES, TRANSFORMERS, build_model, is_refused
-from generate import SinkCache, _named_states, generate
 from oracle import oracle_logits
 from packaging import version
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
+
+from custom_generate.generate import SinkCache, generate
 
 NUM_STEPS = 5 * WINDOW_LENGTH
 OLD_TORCH = version.parse(torch.__version__) < version.parse("2.13")
 compiling = pytest.mark.skipif(
     OLD_TORCH, reason="older releases of torch can't capture all that transformers has in a forward pass"
 )
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 CASES = [pytest.param(name, "eager" if name in EAGER_ONLY else "sdpa", id=name) for name in FAMILIES if not is_refused(name)]
 CASES.append(pytest.param("llama", "eager", id="llama-eager"))
 

@@ -5,19 +5,14 @@ import threading
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, random_ids
+from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, assert_same, feed, random_ids
 from families import build_model
-from generate import SinkCache, generate
 from oracle import oracle_logits
 from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+from custom_generate.generate import SinkCache, generate
+
 NUM_NEW = 4 * WINDOW_LENGTH
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("llama", "sdpa")
 
 
 class Meet(LogitsProcessor):
