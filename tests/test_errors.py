@@ -1,8 +1,8 @@
 """Bad input is refused before the model has computed anything for it, by a message that names it; and nothing has changed then."""
 
 import copy
-import importlib.util
-import inspect
+import importlib
+import sys
 
 import pytest
 import torch
@@ -328,10 +328,12 @@ def test_attention_implementations_that_take_other_masks(implementation):
 
 
 def test_a_release_that_is_too_old(monkeypatch):
-    monkeypatch.delattr(transformers.GenerationMixin, "load_custom_generate")
-    spec = importlib.util.spec_from_file_location("with_an_old_release", inspect.getfile(SinkCache))
-    with pytest.raises(ImportError, match="4.52 or newer.*pip install"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    """Refused by its number, as soon as the code is loaded, and not by the first thing that it lacks."""
+    for name in [name for name in sys.modules if name.startswith("custom_generate.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(transformers, "__version__", "4.56.2")
+    with pytest.raises(ImportError, match="4.57 or newer.*pip install"):
+        importlib.import_module("custom_generate.generate")
 
 
 def test_what_is_no_model_and_no_cache(untouched):

@@ -65,7 +65,7 @@ def test_past_the_window_logits_do_not_depend_on_how_tokens_are_fed(model, input
     window = {"window_length": 48, "num_sink_tokens": 4}
     one_by_one, cache = feed(model, input_ids, [48] + [1] * 112, **window)
     assert cache.num_tokens_held == 48
-    if not cache._traits.is_ordered:
+    if not cache.traits.is_ordered:
         assert_same(feed(model, input_ids, [30, 40, 50, 40], **window)[0], one_by_one)
 
 
