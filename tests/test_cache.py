@@ -19,7 +19,7 @@ from families import EAGER_ONLY, build_model
 from oracle import oracle_logits
 
 from custom_generate.generate import SinkCache, generate
-from custom_generate.plan import Plan
+from custom_generate.plan import Pass, Plan
 from custom_generate.releases import MODELS_ASK_FOR_QUERY_OFFSET
 from custom_generate.static import Cursor
 from custom_generate.window import Window
@@ -116,20 +116,25 @@ def test_slots_of_tokens_by_hand():
     assert seen_by_7 == [True, True, False, False, False, True, True, True, False, False]
 
 
+def pass_of(num_seen: list[int], num_columns: int) -> Pass:
+    """Of rows that have seen so many tokens each, and go on by as many as there are columns."""
+    num_rows = len(num_seen)
+    return Pass(num_seen, [num_columns] * num_rows, [0] * num_rows, batch_size=num_rows, num_columns=num_columns)
+
+
 @pytest.mark.parametrize("num_seen", [[50], [3, 20]])
 def test_no_slot_is_written_twice_in_a_pass(num_seen):
     """Which of two writes wins is not defined on a GPU: a CPU takes the last one, which would hide it."""
-    num_rows = len(num_seen)
-    plan = Plan(Window(16, 4), num_seen, [40] * num_rows, 40, [0] * num_rows, torch.device("cpu"), is_ordered=False)
-    rows, slots, _ = plan.written(num_rows)
+    plan = Plan(Window(16, 4), pass_of(num_seen, 40), torch.device("cpu"))
+    rows, slots, _ = plan.written
     assert len(set(zip(rows.tolist(), slots.tolist()))) == len(slots) == (12 if num_seen == [50] else 13 + 12)
 
 
 def test_no_slot_is_written_twice_in_a_compiled_pass():
     """The same: sinks are written together with the token, which may be one of them."""
-    cursor = Cursor(Window(16, 4), 2, torch.bool, torch.device("cpu"))
+    cursor = Cursor(Window(16, 4), 2, torch.device("cpu"))
     for num_seen in [0, 0], [2, 3], [3, 20], [4, 5], [1, 1], [40, 41]:
-        cursor.move(num_seen)
+        cursor.move(pass_of(num_seen, 1))
         for row, seen in zip(cursor.slots.tolist(), num_seen):
             assert len(set(row)) == 5 and row[-1] == Window(16, 4).slot(seen)
 

@@ -32,7 +32,7 @@ from packaging.version import Version
 from zoo import ZOO_RELEASE, build_zoo_model
 
 from custom_generate.generate import SinkCache, generate
-from custom_generate.layers import MIN_SLOTS
+from custom_generate.layers import MIN_SLOTS, NUM_SHIFTS_AHEAD
 from custom_generate.releases import MODELS_ASK_FOR_QUERY_OFFSET
 
 NUM_OPERATIONS = int(os.environ.get("FUZZ_OPERATIONS", 400))
@@ -632,7 +632,7 @@ class CacheMachine(RuleBasedStateMachine):
             num_slots = window if self.static else min(window, max(window, MIN_SLOTS))
             for heads, head_dim in layer.shapes:
                 total += num_rows * heads * head_dim * (num_slots + 2 * self.num_sinks)
-                total += 2 * head_dim * (1 + self.num_sinks * (NUM_SHIFTS_AT_ONCE + 2 * num_rows)) + num_rows * (
+                total += 2 * head_dim * (1 + self.num_sinks * (NUM_SHIFTS_AHEAD + 2 * num_rows)) + num_rows * (
                     window + 2 * self.num_sinks + 8
                 )
         return 4 * total + 8 * num_rows * self.window_length

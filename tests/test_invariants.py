@@ -12,7 +12,7 @@ from stdlib_text import stdlib_text
 
 from custom_generate import probe
 from custom_generate.generate import SinkCache
-from custom_generate.layers import NUM_SHIFTS_AT_ONCE
+from custom_generate.layers import NUM_SHIFTS_AHEAD
 
 BILLION = 10**9
 
@@ -117,7 +117,7 @@ def test_in_bfloat16_the_error_does_not_grow_with_age(name, tiny_model, tokenize
 def test_a_rebase_costs_one_rounding(monkeypatch):
     """In 16 bits, positions are rarely lowered, since the keys are rotated and rounded then. Made to happen every window here, it costs a
     rounding and no more."""
-    monkeypatch.setattr(probe, "MIN_REBASE_IN_16_BITS", 0)
+    monkeypatch.setattr(probe, "MIN_TURN_IN_16_BITS", 0)
     model, input_ids = build_model("qwen3", num_hidden_layers=2), random_ids(400)
     exact = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -80:]
     model = model.to(torch.bfloat16)
@@ -160,7 +160,7 @@ def test_memory_is_constant_to_the_byte_once_the_window_is_full():
     num_full = sum(window is None for window in native_windows(model, WINDOW_LENGTH))
     assert num_full == 2
     slots = num_full * WINDOW_LENGTH + (4 - num_full) * 6
-    sinks = num_full * 2 * NUM_SINK_TOKENS + (NUM_SHIFTS_AT_ONCE * NUM_SINK_TOKENS)
+    sinks = num_full * 2 * NUM_SINK_TOKENS + (NUM_SHIFTS_AHEAD * NUM_SINK_TOKENS)
     assert held == 4 * 8 * 2 * (2 * slots + sinks) + 8 * WINDOW_LENGTH
 
 

@@ -13,8 +13,9 @@ from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as rotat
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_halves
 from zoo import ZOO_RELEASE, build_zoo_model
 
+from custom_generate import probe
 from custom_generate.generate import SinkCache
-from custom_generate.probe import ROTATION_TOLERANCE, inverse_frequencies
+from custom_generate.probe import ROTATION_TOLERANCE
 from custom_generate.rotation import Rotation, candidate_rotations
 
 HEAD_DIM = 8
@@ -99,13 +100,18 @@ def test_keys_off_by_one_position_are_not_explained():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_two_candidates_explain_one_model(name):
+def test_no_two_candidates_explain_one_model(name, monkeypatch):
     """The first that fits is taken, so there must be no second one that fits and moves keys otherwise."""
-    model = build_model(name)
+    model, tables = build_model(name), []
+
+    def candidates(head_dim, found):
+        tables[:] = found  # the frequencies that the model has
+        return candidate_rotations(head_dim, found)
+
+    monkeypatch.setattr(probe, "candidate_rotations", candidates)
     traits = SinkCache.from_model(model, 16, 4).traits
     assert traits.is_ordered == (name in ORDERED)
     positions = torch.tensor([0, 1, 16, 31])
-    tables = inverse_frequencies(model, model.config)
     for layer in traits.layers:
         for rotation, (_, head_dim) in zip(layer.rotations, layer.shapes):
             keys = torch.randn(4, 1, 2, head_dim, generator=torch.Generator().manual_seed(0))
