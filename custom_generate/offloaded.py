@@ -1,0 +1,3 @@
+from .stream import Stream
+class OffloadedStream(Stream):
+    pass

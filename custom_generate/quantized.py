@@ -1,0 +1,5 @@
+from .stream import Stream
+class Quantization:
+    pass
+class QuantizedStream(Stream):
+    pass
