@@ -2,24 +2,30 @@
 
 import copy
 import functools
-import pickle
 import warnings
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
-from families import ORDERED, build_model, first_served
-from custom_generate.generate import CACHE_NAME, SinkCache, generate
+from checks import (
+    NUM_SINK_TOKENS,
+    RECORD,
+    WINDOW,
+    WINDOW_LENGTH,
+    assert_same,
+    difference,
+    feed,
+    left_padded,
+    random_ids,
+    rings_of,
+)
+from families import ORDERED, build_model
 from oracle import oracle_logits
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
-RECORD = {"return_dict_in_generate": True, "output_logits": True}
+from custom_generate.generate import SinkCache, generate
+from custom_generate.releases import CACHE_NAME
 
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("qwen3", "sdpa")
+MODEL = "qwen3"
 
 
 def assert_logits_follow_the_rules(model, outputs, num_prompt_tokens: int, row: int = 0, num_padding: int = 0, history=None):
@@ -442,7 +448,7 @@ class Stop(KeyboardInterrupt):
 @pytest.mark.parametrize("when", ["never", "in the prompt", "while decoding"])
 def test_the_model_is_left_as_it_was(when):
     """Also after Ctrl-C in the middle: no attribute, no hook, no changed config, on the model and on its class."""
-    model = build_model(first_served("gemma3", "qwen3"))
+    model = build_model("gemma3")
     model.generation_config.prefill_chunk_size = 7
     before = snapshot(model)
     num_calls = 0
@@ -491,7 +497,7 @@ def test_an_interrupted_call_can_be_taken_up_again(model):
 def test_gradients_are_off_and_a_positional_prompt_is_one(model):
     outputs = generate(random_ids(20), None, model=model, max_new_tokens=2, **WINDOW, **RECORD)
     assert not outputs.logits[0].requires_grad
-    assert not any(held.requires_grad for states in outputs.past_key_values._states for held in states.slots)
+    assert not any(ring.slots.requires_grad for ring in rings_of(outputs.past_key_values))
 
 
 def test_parity_in_wall_of_options(model):
@@ -513,4 +519,4 @@ def test_parity_in_wall_of_options(model):
 
 @pytest.mark.parametrize("name", sorted(ORDERED))
 def test_ordered_families_are_those_without_rotation(name):
-    assert SinkCache.from_model(build_model(name), **WINDOW)._traits.is_ordered
+    assert SinkCache.from_model(build_model(name), **WINDOW).traits.is_ordered

@@ -12,15 +12,15 @@ from pathlib import Path
 import custom_generate.generate as generate_module
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, random_ids
+from checks import WINDOW, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, random_ids
 from families import build_model
-from custom_generate.generate import SinkCache, generate
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_invariants import move_counters
 
+from custom_generate.generate import SinkCache, generate
+
 ROOT = Path(__file__).parents[1]
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 REST = 5 * WINDOW_LENGTH
 # Beyond single tokens: passes over a full window, with copies of the sinks, and a re-base in the middle.
 SIZES = [1] * 20 + [9] + [1] * 3 + [20] + [1] * (REST - 52)
@@ -186,11 +186,6 @@ def test_generate_goes_on_with_a_conversation(tmp_path):
 
 
 # What is refused
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("llama", "sdpa")
 
 
 @pytest.fixture(scope="module")
