@@ -148,19 +148,25 @@ class Sinks:
         self.rings, self.window, self.rotation = rings, rings[0].window, rings[0].rotation
         for number, ring in enumerate(rings):
             ring.sinks, ring.number = self, number
-        self.clear()
+        self.pristine: torch.Tensor | None = None  # as they came, with partners: float32 [2, layers, batch, heads, num_sinks, head_dim]
+        self.allocate(0)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything that is held beside the slots."""
-        return [tensor for tensor in (self.pristine, self.for_queries, self._ahead) if tensor is not None]
+        return [self.pristine, self._ahead, *([] if self.for_queries is None else [self.for_queries])]
 
-    def clear(self) -> None:
-        """As before the first token."""
-        self.moved_by, self.for_queries = [0], None
-        self.pristine: torch.Tensor | None = None  # with their partners, float32 [2, layers, batch, heads, num_sinks, head_dim]
-        self.are_new = False
-        self._views, self._viewed = [], None  # the slots of the sinks, and the ring in which the first of them stands
+    def allocate(self, batch_size: int) -> None:
+        """Begin with no tokens."""
+        self.forget()
+        num_heads, head_dim = self.rings[0].slots.shape[1], self.rings[0].slots.shape[3]
+        shape = 2, len(self.rings), batch_size, num_heads, self.window.num_sinks, head_dim
+        self.pristine = torch.zeros(shape, device=self.rings[0].slots.device)
+        self.cos_sin_at([0])
+
+    def forget(self) -> None:
+        self.moved_by, self.are_new, self.for_queries = [0], False, None
+        self._views, self._viewed = [], None  # the slots of the sinks, and of the first ring all slots
         self._ahead, self._first_ahead = None, 0
 
     def begin(self, plan: Plan) -> None:
@@ -174,22 +180,16 @@ class Sinks:
             self.move([0])
             self.for_queries = self.cos_sin(plan.shifts[:, None])
 
-    def restored(self) -> None:
-        """The slots were filled with sinks as they came."""
-        self.clear()
-        self.are_new = True
-
     def keep(self) -> None:
         now = torch.stack([ring.slots[:, :, : self.window.num_sinks] for ring in self.rings])
         if any(self.moved_by):  # some rows have moved sinks
             is_moved = torch.tensor(self.moved_by, device=now.device).bool()[:, None, None, None]
             now = torch.where(is_moved, self.pristine[0].to(now.dtype), now)
-        now = torch.stack(self.rotation.pairs(now))
-        self.pristine = self.pristine.copy_(now) if self.pristine is not None and self.pristine.shape == now.shape else now
+        self.pristine.copy_(torch.stack(self.rotation.pairs(now)))
 
     def move(self, shifts: list[int]) -> None:
         """Bring the sinks in the slots to `shifts` positions from where they came."""
-        if shifts == self.moved_by or self.pristine is None:
+        if shifts == self.moved_by or not (any(shifts) or any(self.moved_by)):
             return
         if self._viewed is not self.rings[0].slots:
             self._viewed = self.rings[0].slots
@@ -215,8 +215,7 @@ class Sinks:
 
     def select_rows(self, index: torch.Tensor) -> None:
         self._viewed = None
-        if self.pristine is not None:
-            self.pristine = selected(self.pristine, index, dim=2)
+        self.pristine = selected(self.pristine, index, dim=2)
         if len(self.moved_by) > 1:
             self.moved_by = [self.moved_by[row] for row in index.tolist()]
 
@@ -244,6 +243,12 @@ class SinkLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """`[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
         plan, (keys, values) = self.plan, self.rings
+        if not key_states.dtype == value_states.dtype == keys.slots.dtype:
+            raise ValueError(
+                f"The model brings keys in {key_states.dtype} and values in {value_states.dtype}, and this cache was made for "
+                f"{keys.slots.dtype}. Put the model into one dtype, model.to(dtype), in place of autocast; if that was done after "
+                "the cache was made, make a new one."
+            )
         if plan.num_parts > 1:
             key_states, value_states = plan.joined(key_states), plan.joined(value_states)
         return keys.update(plan, key_states), values.update(plan, value_states)

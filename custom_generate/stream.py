@@ -120,6 +120,8 @@ class Stream:
         self.knows_ids &= done.input_ids is not None
         if self.knows_ids:
             self.ids.update(plan, done.input_ids[:, None, :, None].to(self.ids.slots.device))
+        for sinks in self.groups:
+            sinks.for_queries = None  # memory of a long pass
         if done.is_recorded:
             self.num_recorded += min(done.num_new)
             if not all(ring.can_undo(layer.plan) for layer in self.layers.values() for ring in layer.rings):
@@ -160,8 +162,8 @@ class Stream:
     def allocate(self, batch_size: int) -> None:
         """Begin with no tokens, and room for so many rows."""
         self.batch_size = batch_size
-        for ring in (*self.rings, self.ids):
-            ring.allocate(batch_size)
+        for each in (*self.rings, self.ids, *self.groups):
+            each.allocate(batch_size)
 
     def select_rows(self, index: torch.Tensor) -> None:
         """What stands beside the layers: row i becomes a copy of row `index[i]`."""
@@ -176,15 +178,13 @@ class Stream:
 
     def clear(self) -> None:
         """As before the first token."""
-        self.batch_size, self.num_seen, self.base = -1, [0], [0]
+        self.num_seen, self.base = [0], [0]
         self.current: Pass | None = None
         self.done: Pass | None = None
         self.has_begun, self.is_recording, self.knows_ids, self.ids_plan = False, False, True, None
-        self.forget_recorded()
-        for ring in (*self.rings, self.ids):
-            ring.allocate(0)
-        for sinks in self.groups:
-            sinks.clear()
+        self.num_recorded = 0
+        self.allocate(0)
+        self.batch_size = -1
 
     @staticmethod
     def _place(ring: Ring) -> tuple[Window, torch.device]:
