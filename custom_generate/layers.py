@@ -62,19 +62,31 @@ class Ring:
         self.forget()
         self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], 0, self.slots.shape[3])
 
-    def update(self, plan: Plan, new: torch.Tensor) -> torch.Tensor:
-        """Write new keys or values `[batch, heads, num_columns, head_dim]`; return those for the pass, `[batch, heads, kv_length, head_dim]`."""
-        if plan.num_held > self.slots.shape[2]:
-            self.grow(plan.num_held)
-        return self.carry_out(plan, self.slots, new)
+    def update(self, plan: Plan, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
+        """Write what is new, `[batch, heads, num_columns, head_dim]`; return what the pass is handed, `[batch, heads, kv_length, head_dim]`.
 
-    def carry_out(self, plan: Plan, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """`update` on slots `held`, `[batch, heads, at least plan.num_held, head_dim]`."""
-        if plan.hands_out_slots:
-            self._write(plan, held, new)
-            if plan.order is not None:
-                return take_slots(held, plan.order)
-            return held if plan.num_held == held.shape[2] else held.narrow(2, 0, plan.num_held)
+        Args:
+            held: the slots before the pass, if they are kept in another form than `slots`.
+        """
+        if held is None:
+            if plan.num_held > self.slots.shape[2]:
+                self.grow(plan.num_held)
+            held = self.slots
+        copies = None if plan.hands_out_slots else self._with_copies_of_sinks(plan, held, new)
+        if plan.current.is_recorded:
+            self.record(plan, held)
+        if isinstance(plan.slots, slice):
+            held.narrow(2, plan.slots.start, plan.num_columns).copy_(new)
+        else:
+            held[plan.rows, :, plan.slots] = new[plan.rows, :, plan.columns]
+        if copies is not None:
+            return copies
+        if plan.order is not None:
+            return take_slots(held, plan.order)
+        return held if plan.num_held == held.shape[2] else held.narrow(2, 0, plan.num_held)
+
+    def _with_copies_of_sinks(self, plan: Plan, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """A copy of the sinks for each query, recent tokens as before the pass, and new tokens."""
         if plan.writes_sinks:
             rows, slots, columns = plan.new_sinks()
             held[rows, :, slots] = new[rows, :, columns]
@@ -83,19 +95,8 @@ class Ring:
             copies = rotate(self.rotation.pairs(copies), self.sinks.for_queries).to(new.dtype)
         copies = copies.expand(-1, -1, plan.num_columns, -1, -1)
         if plan.num_parts > 1:
-            handed_out = plan.in_parts(copies, torch.cat([take_slots(held, plan.recent_slots), new], dim=2))
-        else:
-            handed_out = torch.cat([copies.flatten(2, 3), held[:, :, plan.recent_before], new], dim=2)
-        self._write(plan, held, new)
-        return handed_out
-
-    def _write(self, plan: Plan, held: torch.Tensor, new: torch.Tensor) -> None:
-        if plan.current.is_recorded:
-            self.record(plan, held)
-        if isinstance(plan.slots, slice):
-            held.narrow(2, plan.slots.start, plan.num_columns).copy_(new)
-        else:
-            held[plan.rows, :, plan.slots] = new[plan.rows, :, plan.columns]
+            return plan.in_parts(copies, torch.cat([take_slots(held, plan.recent_slots), new], dim=2))
+        return torch.cat([copies.flatten(2, 3), held[:, :, plan.recent_before], new], dim=2)
 
     def record(self, plan: Plan, held: torch.Tensor) -> None:
         """Keep what the pass is about to overwrite."""
@@ -145,6 +146,7 @@ class Sinks:
 
     Attributes:
         moved_by: how far the sinks in the slots are from where they came: a number for each row, or a single one.
+        are_new: the last pass has written some of them, so that they have to be kept.
         for_queries: cosines and sines that move the sinks for each query of a pass, `[2, rows, 1, columns, num_sinks, head_dim]`.
     """
 
@@ -163,30 +165,25 @@ class Sinks:
         """As before the first token."""
         self.moved_by, self.for_queries = [0], None
         self.pristine: torch.Tensor | None = None  # with their partners, float32 [2, layers, batch, heads, num_sinks, head_dim]
-        self._are_new = False  # the last pass has written some of them
+        self.are_new = False
         self._views, self._viewed = [], None  # the slots of the sinks, and the ring in which the first of them stands
         self._ahead, self._first_ahead = None, 0
 
     def begin(self, plan: Plan) -> None:
         """Before a pass: bring the sinks to where its queries need them, or say where that is for each query."""
-        self.keep_new(plan)
-        self.for_queries = None
+        if self.are_new:
+            self.keep()
+        self.are_new, self.for_queries = plan.writes_sinks, None
         if plan.hands_out_slots:
             self.move(plan.shifts)
         else:
             self.move([0])
             self.for_queries = self.cos_sin(plan.shifts[:, None])
 
-    def keep_new(self, plan: Plan) -> None:
-        """Keep the sinks that the last pass has written, as they came."""
-        if self._are_new:
-            self.keep()
-        self._are_new = plan.writes_sinks
-
     def restored(self) -> None:
         """The slots were filled with sinks as they came."""
         self.clear()
-        self._are_new = True
+        self.are_new = True
 
     def keep(self) -> None:
         now = torch.stack([ring.slots[:, :, : self.window.num_sinks] for ring in self.rings])

@@ -76,7 +76,7 @@ class ModelTraits:
     layer_types: tuple[str, ...] | None
     has_old_masks: bool
 
-    @property
+    @functools.cached_property
     def is_recurrent(self) -> bool:
         """There are recurrent or convolutional states."""
         return len(self.recurrent_states) > 0

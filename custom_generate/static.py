@@ -79,9 +79,9 @@ class StaticRing(Ring):
             self.slots = self.slots.new_zeros(batch_size, num_heads, self.window.length, head_dim)
             keep_in_place(self.slots)
 
-    def update(self, plan: Plan | Cursor, new: torch.Tensor) -> torch.Tensor:
+    def update(self, plan: Plan | Cursor, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(plan, Plan):
-            return super().update(plan, new)
+            return super().update(plan, new, held)
         if self.sinks is not None:
             new = torch.cat([self.sinks.rotated(self.number).to(new.dtype), new], dim=2)  # one write, once it is compiled
         plan.write(self.slots, new)
@@ -101,9 +101,9 @@ class StaticSinks(Sinks):
         if isinstance(plan, Plan):
             super().begin(plan)
             return
-        self.keep_new(plan)
-        if self.pristine is None or self.pristine.shape[2] != len(plan.rows):
+        if self.are_new or self.pristine is None or self.pristine.shape[2] != len(plan.rows):
             self.keep()
+        self.are_new = plan.writes_sinks
         cos_sin = self.cos_sin_at(plan.shifts).expand(-1, len(plan.rows), -1, -1, -1)
         if self.turn is None or self.turn.shape != cos_sin.shape:
             self.turn = cos_sin.clone(memory_format=torch.contiguous_format)

@@ -34,7 +34,7 @@ class Stream:
     def __init__(self, window: Window, layers: dict):
         self.ids = self.new_ring(window, Rotation.identity(1), (1, 1), torch.long, next(iter(layers.values())).device)
         self.layers: dict[int, SinkLayer] = {}
-        self.places: dict[tuple, tuple[list[SinkLayer], list[Sinks]]] = {self._place(self.ids): ([], [])}
+        self.places: dict[tuple, tuple[list[SinkLayer], list[Sinks]]] = {self._place(self.ids): ([], [])}  # ids come first
         alike: dict[tuple, list[Ring]] = {}
         for index, traits in layers.items():
             own = native_window(traits.native_window, window)
@@ -93,19 +93,18 @@ class Stream:
         """Open a pass, for which all checks have been made."""
         if self.batch_size == -1:
             self.allocate(current.batch_size)
-        back = [start - before for start, before in zip(current.base, self.base * (len(current.base) // len(self.base) or 1))]
-        if any(back):
-            self._rebase(back)
+        if current.base is not self.base:
+            self._rebase(current.base)
         self.num_seen, self.base = current.num_seen, current.base
         self.current, self.has_begun = current, False
+        self.ids_plan = None
         for (window, device), (layers, groups) in self.places.items():
             plan = self.plan_of(current, window, device)
+            self.ids_plan = self.ids_plan or plan  # ids are in the first place
             for layer in layers:
                 layer.plan = plan
             for sinks in groups:
                 sinks.begin(plan)
-            if self._place(self.ids) == (window, device):
-                self.ids_plan = plan
 
     def commit(self) -> None:
         """The last layer has carried out its part: the pass is done."""
@@ -133,10 +132,15 @@ class Stream:
             self.undo(self.num_seen)
         self.current = None
 
-    def _rebase(self, num_positions: list[int]) -> None:
-        for ring in self.rings:
-            if not ring.rotation.is_identity:
-                ring.rebase(torch.tensor(num_positions, device=ring.slots.device)[:, None, None])
+    def _rebase(self, base: list[int]) -> None:
+        """Lower positions to a new base."""
+        num_rows = max(len(base), len(self.base))
+        before, after = (each * (num_rows // len(each)) for each in (self.base, base))
+        num_positions = torch.tensor(after) - torch.tensor(before)
+        if bool(num_positions.any()):
+            for ring in self.rings:
+                if not ring.rotation.is_identity:
+                    ring.rebase(num_positions[:, None, None].to(ring.slots.device))
 
     # Roll-back
 
@@ -198,10 +202,9 @@ def next_base(num_seen: list[int], num_after: list[int], base: list[int], traits
     Positions stay small, so that float32 angles are exact, and the frequencies of all RoPE types are those of short texts. A key is
     rotated back, and so rounded, at most once in `window_length` tokens.
     """
-    bases = []
-    limit = traits.max_positions
+    bases, limit = [], traits.max_positions
     for seen, after, start in zip(num_seen, num_after, base):
         is_due = seen - start >= traits.rebase_at or (limit is not None and after - start > limit)
         lowest = min(seen, window_length)  # else sinks would stand before position 0; met only after a roll-back
         bases.append(seen - lowest if is_due or seen - start < lowest else start)
-    return bases
+    return base if bases == base else bases

@@ -7,12 +7,13 @@ import copy
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, interrupted_at, left_padded, random_ids
+from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, assert_same, feed, interrupted_at, left_padded, random_ids
 from families import EAGER_ONLY, ORDERED, build_model, first_served
-from generate import OFFLOADED, OffloadedStates, SinkCache, generate
 from oracle import oracle_logits
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+from custom_generate.generate import SinkCache, generate
+from custom_generate.options import OFFLOADED
+
 FEEDINGS = {
     "singly": [1] * 80,
     "chunks": [2, 1, 9, 1, 30, 1, 20, 1, 15],

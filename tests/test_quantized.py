@@ -11,9 +11,12 @@ import pytest
 import torch
 from checks import assert_same, feed, interrupted_at, left_padded, random_ids
 from families import build_model
-from generate import CACHE_NAME, Quantization, SinkCache, generate
 from oracle import TOLERANCE, oracle_logits
 from test_assisted import assistant_like
+
+from custom_generate.generate import SinkCache, generate
+from custom_generate.quantized import Quantization
+from custom_generate.releases import CACHE_NAME
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 32, 4
 BLOCK, RESIDUAL = 8, 6

@@ -21,8 +21,11 @@ import publish
 import pytest
 import transformers
 from families import TRANSFORMERS, allow_local_code
-from generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_PREFILL_CHUNK_SIZES, DEFAULT_WINDOW_LENGTH, UNSUPPORTED_OPTIONS, generate
 from packaging.version import Version
+
+from custom_generate.generate import generate
+from custom_generate.options import DEFAULT_PREFILL_CHUNK_SIZES, UNSUPPORTED_OPTIONS
+from custom_generate.window import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,18 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import generate as generate_module
+import custom_generate.generate as generate_module
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, random_ids
+from checks import WINDOW, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, random_ids
 from families import build_model
-from generate import SinkCache, generate
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_invariants import move_counters
 
+from custom_generate.generate import SinkCache, generate
+
 ROOT = Path(__file__).parents[1]
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 REST = 5 * WINDOW_LENGTH
 # Beyond single tokens: passes over a full window, with copies of the sinks, and a re-base in the middle.
 SIZES = [1] * 20 + [9] + [1] * 3 + [20] + [1] * (REST - 52)
@@ -147,7 +147,7 @@ sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
 from checks import feed, random_ids
 from families import TRANSFORMERS, build_model
-from generate import SinkCache
+from custom_generate.generate import SinkCache
 model = build_model("llama", "sdpa", dtype=torch.bfloat16)
 torch.save(feed(model, SinkCache.load({path!r}, model), random_ids(80, seed=9), {sizes!r}), {result!r})
 """
@@ -186,11 +186,6 @@ def test_generate_goes_on_with_a_conversation(tmp_path):
 
 
 # What is refused
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("llama", "sdpa")
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, feed, left_padded, random_ids
 from families import build_model, first_served
-from generate import SinkCache
 from test_quantized import needs
 from test_state import WINDOW, assert_goes_on_alike, forged, set_to
+
+from custom_generate.generate import SinkCache
 
 BLOCK, RESIDUAL = 8, 2
 FP8 = {"backend": "fp8", "q_group_size": BLOCK, "residual_length": RESIDUAL}
