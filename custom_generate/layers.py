@@ -46,6 +46,11 @@ class Ring:
         """Bytes that are offloaded."""
         return 0
 
+    @property
+    def recent(self) -> torch.Tensor:
+        """Keys or values behind the sinks that are held as they came, `[batch, heads, num_slots, head_dim]`."""
+        return self.slots[:, :, self.window.num_sinks :]
+
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
         """Views of everything that a text of so many tokens has left here, to be saved or to be filled. Dimension 0 has the rows."""
         if num_tokens > self.slots.shape[2] < self.window.length:
@@ -54,7 +59,7 @@ class Ring:
 
     def allocate(self, batch_size: int) -> None:
         """Begin with no tokens."""
-        self.log = []
+        self.forget()
         self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], 0, self.slots.shape[3])
 
     def update(self, plan: Plan, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
@@ -113,16 +118,17 @@ class Ring:
 
     def undo(self, num_tokens: list[int]) -> None:
         """Put back what recorded passes have overwritten, for all tokens of each row from `num_tokens` on. The last pass comes first."""
-        for (rows, slots, tokens), overwritten in reversed(self.log):
-            first = torch.tensor(num_tokens, device=tokens.device)
-            is_undone = tokens >= (first if len(first) == 1 else first[rows])
-            self.slots[rows[is_undone], :, slots[is_undone]] = overwritten[is_undone]
+        for rows, slots, is_undone, overwritten in undone(self.log, num_tokens):
+            self.slots[rows, :, slots] = overwritten[is_undone]
+
+    def forget(self) -> None:
+        """What recorded passes have brought stands."""
+        self.log = []
 
     def rebase(self, num_positions: torch.Tensor) -> None:
         """Lower the positions of each row by `num_positions` `[rows, 1, 1]`: keys behind the sinks are rotated back, and rounded once."""
         angles = self.rotation.angles(num_positions, torch.zeros_like(num_positions))
-        recent = self.slots[:, :, self.window.num_sinks :]
-        recent.copy_(self.rotation.turn(recent, angles))
+        self.recent.copy_(self.rotation.turn(self.recent.to(angles.device), angles))
         for number, (written, overwritten) in enumerate(self.log):
             of_entries = angles[0] if len(angles) == 1 else angles[written[0], 0]
             self.log[number] = written, self.rotation.turn(overwritten, of_entries)
@@ -279,6 +285,15 @@ def selected(states: torch.Tensor, index: torch.Tensor, dim: int = 0) -> torch.T
     """The rows `index` of what has its rows in dimension `dim`; in the same memory if there are as many rows as before."""
     rows = states.index_select(dim, index)
     return states.copy_(rows) if rows.shape == states.shape else rows
+
+
+def undone(log: list[tuple], num_tokens: list[int]):
+    """What is put back if only the first `num_tokens` of each row stand, the last pass first: rows and slots, which entries of a pass
+    these are, and what all its entries have overwritten."""
+    for (rows, slots, tokens), overwritten in reversed(log):
+        first = torch.tensor(num_tokens, device=tokens.device)
+        is_undone = tokens >= (first if len(first) == 1 else first[rows])
+        yield rows[is_undone], slots[is_undone], is_undone, overwritten
 
 
 def take_slots(held: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

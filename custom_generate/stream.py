@@ -155,7 +155,7 @@ class Stream:
         """What recorded passes have brought stands."""
         self.num_recorded = 0
         for ring in (*self.rings, self.ids):
-            ring.log = []
+            ring.forget()
 
     # The batch
 
