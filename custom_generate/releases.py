@@ -25,6 +25,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 if "cache" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
     CACHE_NAMES = CACHE_NAMES[::-1]
 CACHE_NAME = CACHE_NAMES[0]
+# What is raised where memory is short; torch's own has moved to the top in 2.5.
+OUT_OF_MEMORY = MemoryError, getattr(torch, "OutOfMemoryError", None) or torch.cuda.OutOfMemoryError
 
 
 def cache_name(accepted) -> str:
