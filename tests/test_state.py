@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import custom_generate.generate as generate_module
 import pytest
 import torch
 from checks import WINDOW, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, random_ids
@@ -18,6 +17,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_invariants import move_counters
 
+import custom_generate.generate as generate_module
 from custom_generate.generate import SinkCache, generate
 
 ROOT = Path(__file__).parents[1]
