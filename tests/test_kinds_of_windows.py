@@ -9,11 +9,22 @@ block; which those are, and where its keys stand then, is written down here from
 """
 
 import copy
-import importlib.util
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, assert_same, feed, interrupted_at, left_padded, random_ids, rings_of
+from checks import (
+    NUM_SINK_TOKENS,
+    WINDOW,
+    WINDOW_LENGTH,
+    assert_same,
+    feed,
+    interrupted_at,
+    is_installed,
+    left_padded,
+    needs,
+    random_ids,
+    rings_of,
+)
 from families import EAGER_ONLY, ORDERED, build_model
 from oracle import TOLERANCE, oracle_logits
 from test_assisted import assistant_like
@@ -160,16 +171,6 @@ BLOCK, RESIDUAL = 8, 6
 NUM_TOKENS = 150  # four windows and more, so that positions are lowered three times
 QUANTIZED_WINDOW = {"window_length": LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 OPTIONS = {"q_group_size": BLOCK, "residual_length": RESIDUAL}
-
-
-def is_installed(backend: str) -> bool:
-    package = {"quanto": "optimum", "hqq": "hqq"}.get(backend)
-    return package is None or importlib.util.find_spec(package) is not None
-
-
-def needs(backend: str) -> None:
-    if not is_installed(backend):
-        pytest.skip(f"{backend} is not installed")
 
 
 def quantized_cache(model, **options) -> SinkCache:
