@@ -1,6 +1,7 @@
 """What the tests have in common: streams of tokens, ways to feed them, and one measure of difference."""
 
 import contextlib
+import importlib.util
 
 import pytest
 import torch
@@ -66,6 +67,17 @@ def move_ahead(cache: SinkCache, num_tokens: int) -> None:
     assert all(seen >= cache.window_length for seen in cache.num_tokens_seen_by_row), "a window is still filling"
     cache.stream.num_seen = [seen + num_tokens for seen in cache.stream.num_seen]
     cache.stream.base = [base + num_tokens for base in cache.stream.base]
+
+
+def is_installed(backend: str) -> bool:
+    """Whether the package is there that quantizes."""
+    package = {"quanto": "optimum", "hqq": "hqq"}.get(backend)
+    return package is None or importlib.util.find_spec(package) is not None
+
+
+def needs(backend: str) -> None:
+    if not is_installed(backend):
+        pytest.skip(f"{backend} is not installed")
 
 
 @contextlib.contextmanager

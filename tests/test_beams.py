@@ -11,7 +11,6 @@ from transformers import LogitsProcessor
 from transformers.modeling_outputs import CausalLMOutput
 
 from custom_generate.generate import SinkCache, generate
-from custom_generate.releases import HAS_ALL_BEAM_SEARCHES
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 8, 2
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
