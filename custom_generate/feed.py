@@ -6,7 +6,7 @@ import functools
 import torch
 
 from .options import without_our_options
-from .plan import count_tokens
+from .doors import count_tokens
 from .prompt import Prompt
 from .releases import CACHE_NAME, CACHE_NAMES, input_device, shallow_copy, stop_counting, uncompiled_copy
 

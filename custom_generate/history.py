@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .plan import count_tokens
+from .doors import count_tokens
 from .prompt import Prompt
 
 
