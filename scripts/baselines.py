@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from common import storage_bytes  # first: it says where `generate` is found
-from generate import CACHE_NAME, Rotation, model_traits
+from common import storage_bytes
+from custom_generate.probe import model_traits
+from custom_generate.releases import CACHE_NAME
+from custom_generate.rotation import Rotation
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, QuantizedCache, StaticCache
 
 PREFILL_CHUNK_LENGTH = 1024

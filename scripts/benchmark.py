@@ -48,8 +48,9 @@ from baselines import (
     native_window_model,
     reader,
 )
-from common import DEFAULT_NUM_SINK_TOKENS, DTYPES, add_model_arguments, count, describe_run, load_weights, rounded, storage_bytes
-from generate import CACHE_NAME, SinkCache, generate
+from common import DTYPES, add_model_arguments, count, describe_run, load_weights, rounded, storage_bytes
+from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, SinkCache, generate
+from custom_generate.releases import CACHE_NAME
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
 

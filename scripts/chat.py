@@ -20,8 +20,8 @@ import uuid
 
 import torch
 import transformers
-from common import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, add_model_arguments, load_model
-from generate import SinkCache, generate
+from common import add_model_arguments, load_model
+from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache, generate
 from transformers import StoppingCriteria, TextStreamer
 
 COMMANDS = """\

@@ -15,7 +15,8 @@ import time
 
 import torch
 import transformers
-from common import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, ROOT, add_model_arguments, load_model
+from common import ROOT, add_model_arguments, load_model
+from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH
 from transformers import TextStreamer
 
 PROMPT = '"""Read and write configuration files."""\n\nimport os\nimport sys\n\n\nclass Parser:\n    """'

@@ -42,9 +42,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import ROOT, add_model_arguments, count, describe_run, load_model, rounded, storage_bytes
-from generate import CACHE_NAME, SinkCache
-from stdlib_text import stdlib_text, unseen_text
+from common import ROOT, add_model_arguments, count, describe_run, load_model, rounded, stdlib_text, storage_bytes, unseen_text
+from custom_generate.generate import SinkCache
+from custom_generate.releases import CACHE_NAME
 from tqdm import tqdm
 
 METHODS = ("full", "window", "sinks", "recompute", "recompute-sinks")

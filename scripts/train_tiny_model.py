@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from stdlib_text import stdlib_text
+from common import stdlib_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from tqdm import tqdm

@@ -5,7 +5,8 @@ import contextlib
 import pytest
 import torch
 from families import TRANSFORMERS, VOCAB_SIZE
-from generate import LinearAttentionLayer, SinkCache
+from custom_generate.generate import SinkCache
+from custom_generate.releases import LinearAttentionLayer
 from oracle import TOLERANCE
 from packaging.version import Version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -14,7 +14,7 @@ import chat
 import pytest
 import torch
 from families import TRANSFORMERS
-from generate import SinkCache
+from custom_generate.generate import SinkCache
 from packaging.version import Version
 from test_readme import CHAT_TEMPLATE
 
