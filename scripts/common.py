@@ -1,8 +1,8 @@
-"""What the scripts share: where the repository is, how they load a model, what they say of a run, the text of the tiny model, and their
-blocks in the README and in docs/.
+"""What the scripts share: where the repository is, how they load a model, what they say of a run, the text of the tiny model, and
+their blocks in the README and in docs/.
 
-Importing it puts the root of the repository on `sys.path`, so that `from custom_generate.generate import ...` finds the code of this
-checkout, whatever the folder from which a script is started.
+Importing it puts the root of the repository on `sys.path`, so that `from custom_generate.generate import ...` finds the code of
+this checkout, whatever the folder from which a script is started.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +37,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_weights(args: argparse.Namespace):
     """The model that the arguments name, in its dtype from the start: a conversion would round its rotary frequencies as well."""
-    dtype = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-    model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, **{dtype: DTYPES[args.dtype]})
+    model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, dtype=DTYPES[args.dtype])
     return model.to(args.device).eval()
 
 
@@ -115,9 +113,9 @@ def storage_bytes(holder) -> int:
     return sum(storages.values())
 
 
-# The text of the tiny model: the source code of the Python standard library that runs this script. It is the one large body of real
-# text that every machine with Python has, offline. About one file in twenty is held out of training, chosen by a checksum of its path,
-# so that the split is the same everywhere.
+# The text of the tiny model: the source code of the Python standard library that runs this script. It is the one large body of
+# real text that every machine with Python has, offline. About one file in twenty is held out of training, chosen by a checksum of
+# its path, so that the split is the same everywhere.
 
 
 # Tests and bundled packages are left out: they are long tables and copies rather than prose-like code.

@@ -1,13 +1,14 @@
 """The generated tables of README.md and docs/: which models are served, and what works with which option, cache and attention.
 
-**Models** (block `compatibility`): a verdict for every type in transformers' causal-LM mapping, found by running it. Each type is built
-small, with random weights (`tests/zoo.py`), and shown to the cache: it is refused with a reason, or accepted with the way in which it
-moves its keys. That what is accepted is exact is what `tests/test_zoo.py` proves, type by type. This takes about two minutes.
+**Models** (block `compatibility`): a verdict for every type in transformers' causal-LM mapping, found by running it. Each type is
+built small, with random weights (`tests/zoo.py`), and shown to the cache: it is refused with a reason, or accepted with the way
+in which it moves its keys. That what is accepted is exact is what `tests/test_zoo.py` proves, type by type. This takes about two
+minutes.
 
-**Options** (block `works-with`): every option of `generate`, every cache of transformers, every attention implementation. What is refused
-comes from `custom_generate/` itself, with its reason. What works is listed here, with the test that shows it. To let something work, take
-it out of `UNSUPPORTED_OPTIONS` there and add a line here. `tests/test_compatibility.py` sees to it that no option is missing, that the
-tests exist, and that what is said to be refused is.
+**Options** (block `works-with`): every option of `generate`, every cache of transformers, every attention implementation. What is
+refused comes from `custom_generate/` itself, with its reason. What works is listed here, with the test that shows it. To let
+something work, take it out of `UNSUPPORTED_OPTIONS` there and add a line here. `tests/test_compatibility.py` sees to it that no
+option is missing, that the tests exist, and that what is said to be refused is.
 
     python scripts/compatibility.py --check                   exits with 1 if a table is not what is found
     python scripts/compatibility.py --write                   puts what is found into the pages
@@ -22,12 +23,13 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
+from tqdm import tqdm
+
 from common import ROOT, add_block_arguments, check_or_write_block
 from custom_generate.generate import SinkCache
 from custom_generate.options import SUPPORTED_ATTENTION, UNSUPPORTED_OPTIONS
 from custom_generate.releases import HAS_ALL_BEAM_SEARCHES
 from custom_generate.rotation import Rotation
-from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT / "tests"))
 

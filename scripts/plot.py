@@ -1,8 +1,8 @@
 """The figures of the README and of docs/: of what was measured, from CSV files; and of what a small cache keeps, from its code.
 
 Of speed (scripts/benchmark.py), every point is a row of the file, a median, in a band from quartile to quartile. Of text
-(scripts/evaluate.py, scripts/stream_eval.py), every row is drawn, and what is smoothed lies on top of it. Rows of different models,
-devices, batches and so on go to a figure each; where a row was measured more than once, the last one counts.
+(scripts/evaluate.py, scripts/stream_eval.py), every row is drawn, and what is smoothed lies on top of it. Rows of different
+models, devices, batches and so on go to a figure each; where a row was measured more than once, the last one counts.
 
     python scripts/evaluate.py
     python scripts/stream_eval.py
@@ -24,9 +24,10 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
+from tqdm import tqdm
+
 from common import ROOT, add_block_arguments, check_or_write_block
 from custom_generate.window import Window
-from tqdm import tqdm
 
 Row = dict[str, str]
 
@@ -181,8 +182,8 @@ def label_axes(axes, labels: tuple[str, str]) -> None:
 
 
 def label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """A label right of the end of each line: at its height, or as near as the others allow. Lines that end before the edge have labels
-    among themselves."""
+    """A label right of the end of each line: at its height, or as near as the others allow. Lines that end before the edge have
+    labels among themselves."""
     from matplotlib.patheffects import withStroke
 
     points = axes.figure.dpi / 72
@@ -192,8 +193,8 @@ def label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
         heights = [axes.transData.transform(end[:2])[1] / points for end in group]
         for (x, y, label, color), height, free in zip(group, heights, apart(heights, LABEL_HEIGHT)):
             axes.annotate(
-                label, (x, y), xytext=(7, free - height), textcoords="offset points", color=color, size=10, va="center", weight="bold",
-                path_effects=[withStroke(linewidth=4, foreground="white")],
+                label, (x, y), xytext=(7, free - height), textcoords="offset points", color=color, size=10, va="center",
+                weight="bold", path_effects=[withStroke(linewidth=4, foreground="white")],
             )  # fmt: skip
 
 
@@ -238,8 +239,8 @@ def draw_time_by_window(plt, path: Path, rows: list[Row]) -> None:
 
 
 def speed_table(rows: list[Row]) -> str:
-    """Markdown: milliseconds a token of each method and window, and behind it the ratio to the reference with its quartiles. Where it was
-    measured more than once, the last row counts."""
+    """Markdown: milliseconds a token of each method and window, and behind it the ratio to the reference with its quartiles.
+    Where it was measured more than once, the last row counts."""
     rows = [row for row in rows if row["measure"] == "decode" and row["batch_size"] == "1"]
     found = {(row["method"], int(row["window_length"])): row for row in rows}
     windows = sorted({window for _, window in found})
@@ -336,8 +337,8 @@ def draw_perplexity_by_position(plt, path: Path, rows: list[Row]) -> None:
     for length, text in marks.items():
         axes.axvline(length, color="#222222", linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
-            text, (length, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3), textcoords="offset points", rotation=90, ha="right",
-            va="top", size=9, color="#222222",
+            text, (length, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3), textcoords="offset points", rotation=90,
+            ha="right", va="top", size=9, color="#222222",
         )  # fmt: skip
     figure.canvas.draw()
     label_ends(axes, ends)
@@ -376,7 +377,8 @@ def draw_cost_by_position(plt, path: Path, rows: list[Row]) -> None:
         axes.xaxis.set_major_locator(LogLocator(10))
     panels[0].legend(frameon=False, fontsize=10, loc="best")
     row = rows[-1]
-    note = f"{row['model']}, one text read in chunks of {row['chunk_length']} tokens, {row['device_name']}, {row['num_threads']} thread"
+    note = f"{row['model']}, one text read in chunks of {row['chunk_length']} tokens, {row['device_name']}, "
+    note += f"{row['num_threads']} thread"
     panels[0].text(
         0,
         -0.2,
@@ -399,8 +401,8 @@ def draw_recall_by_distance(plt, path: Path, rows: list[Row]) -> None:
         color, line, label = style(points[0], rows)
         windows = [float(point["token_distance"]) / int(window_length or longest) for point in points]
         axes.plot(
-            windows, [float(point[column]) for point in points], color=color, linestyle=line, linewidth=2, marker="o", markersize=4,
-            label=label,
+            windows, [float(point[column]) for point in points], color=color, linestyle=line, linewidth=2, marker="o",
+            markersize=4, label=label,
         )  # fmt: skip
         if is_copy:
             first = [float(point["first_token_accuracy"]) for point in points]
@@ -421,8 +423,9 @@ def draw_recall_by_distance(plt, path: Path, rows: list[Row]) -> None:
     plt.close(figure)
 
 
-# Name -> the file that it needs, which of its measurements, what rows of one figure have in common, the function that draws them, and
-# the script that measures. Where a figure shows no times, it makes no difference which processor measured them, on how many threads.
+# Name -> the file that it needs, which of its measurements, what rows of one figure have in common, the function that draws them,
+# and the script that measures. Where a figure shows no times, it makes no difference which processor measured them, on how many
+# threads.
 TEXT = "model", "text", "dtype", "batch_size"
 FIGURES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Callable, str]] = {
     "perplexity_by_position": ("evaluate.csv", ("stream",), (*TEXT, "text_crc32"), draw_perplexity_by_position, "evaluate"),

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers.generation import configuration_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
 from checks import random_ids
 from common import page_block
 from compatibility import CACHES, NO_EFFECT, OPTION, PROCESSORS, REFUSED, TABLES, WORKS, options_tables, rows
 from custom_generate.generate import SinkCache, generate
 from custom_generate.options import LOADER_ARGUMENTS
 from families import build_model
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
-from transformers.generation import configuration_utils
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 WINDOW = {"window_length": 8, "num_sink_tokens": 2}
 ROWS = [row for head in TABLES for row in rows(head)]

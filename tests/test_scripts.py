@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import benchmark
-import plot
 import pytest
 import torch
+
+import benchmark
+import plot
 import version_matrix
 from common import page_block
 from families import TRANSFORMERS
