@@ -6,7 +6,7 @@ The same tokens go through every method, one method after the other, in one proc
     window      the most recent `window_length` tokens: no sinks
     sinks       `SinkCache`: sinks and the most recent tokens, `window_length` in all; and quantized as each `--quantized` says
     recompute   no cache: the last `window_length` tokens anew for each prediction
-    recompute-sinks   the same with the sinks in front, `window_length` in all: what a cache of them knows from evicted tokens is gone
+    recompute-sinks   the same with the sinks in front, `window_length` in all: a cache knows more, from tokens that are evicted
 
 What is recomputed is slow: past the first window only every `--recompute-every`-th prediction is made.
 
