@@ -254,12 +254,10 @@ def read_modules(root: Path) -> dict[str, str]:
     return {path.stem: path.read_text(encoding="utf-8") for path in sorted((root / FOLDER).glob("*.py"))}
 
 
-def published_code(root: Path, source: str | None = None) -> str:
+def published_code(root: Path, source: str = "", version: str = "") -> str:
     """What goes to the Hub as custom_generate/generate.py: of a single file (the first version was one), that file as it is."""
     sources = read_modules(root)
-    if sources.keys() == {ENTRY}:
-        return sources[ENTRY]
-    return amalgamate(sources, source_of(root) if source is None else source, version_of(root))
+    return sources[ENTRY] if sources.keys() == {ENTRY} else amalgamate(sources, source, version)
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -277,11 +275,11 @@ def source_of(root: Path) -> str:
     return re.sub(r"//[^/@]*@", "//", address) if address.startswith("https://") else ""
 
 
-def version_of(root: Path) -> str:
-    """The commit that last changed the modules, with the release before it where one is tagged."""
-    commit = git(root, "log", "-1", "--format=%h", "--abbrev=12", "--", FOLDER)
+def version_of(root: Path, revision: str | None = None) -> str:
+    """The commit that last changed the modules, with the release before it where one is tagged; of the working tree, or of a revision."""
+    commit = git(root, "log", "-1", "--format=%h", "--abbrev=12", revision or "HEAD", "--", FOLDER)
     tag = git(root, "describe", "--tags", "--abbrev=0", commit) if commit else ""
-    changed = " with changes that are not committed" if git(root, "status", "--porcelain", "--", FOLDER) else ""
+    changed = "" if revision or not git(root, "status", "--porcelain", "--", FOLDER) else " with changes that are not committed"
     return f"commit {commit}{f' (after {tag})' if tag else ''}{changed}" if commit else ""
 
 
@@ -294,7 +292,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        text = published_code(args.root, args.source)
+        text = published_code(args.root, args.source or source_of(args.root), version_of(args.root))
     except (CannotAmalgamate, SyntaxError) as error:
         sys.exit(f"error: {error}")
     if args.output:

@@ -226,7 +226,7 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     text = (tmp_path / "generate.py").read_text(encoding="utf-8")
-    assert text == published_code(ROOT) and result["modules"] == len(SOURCES) and result["lines"] == len(text.splitlines())
+    assert text == published_code(ROOT, source_of(ROOT), version_of(ROOT)) and result["modules"] == len(SOURCES) and result["lines"] == len(text.splitlines())
     (tmp_path / FOLDER).mkdir()
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "amalgamate.py", "--root", tmp_path], capture_output=True, text=True
