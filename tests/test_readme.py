@@ -417,7 +417,7 @@ def test_every_link_leads_somewhere(page):
         target = (page.parent / path).resolve() if path else page
         assert target.is_file() and target.is_relative_to(ROOT), link
         assert not anchor or anchor in anchors(target), link
-    for path in re.findall(r"`((?:scripts|custom_generate|tests|results|docs)/[\w./]+\.\w+)", text):
+    for path in re.findall(r"`((?:scripts|custom_generate|tests|results|docs)/[\w./]+\.(?:py|csv|txt|md))\b", text):
         assert (ROOT / path).is_file(), path
 
 
