@@ -1,6 +1,7 @@
 """README.md and docs/: every example and every command runs, links lead somewhere, and tables say what was measured.
 
-Examples run on the tiny model in place of the models and repositories that they name on the Hub. Nothing here fixes the wording of a page.
+Examples run on the tiny model in place of the models and repositories that they name on the Hub. Nothing here fixes the wording of
+a page.
 """
 
 import importlib.util
@@ -47,8 +48,8 @@ CHAT_TEMPLATE = (
 )
 # Options that make a measurement small: they stand behind those of the page, and the last one counts.
 SMALL = {
-    "scripts/benchmark.py": "--preset tiny --window-length 32 --num-tokens 4 --num-rounds 2 --batch-size 2 --methods sink dynamic "
-    "--age 20 40 --stream-length 20 40 --prefill-windows 4 --chunk-length 8 --prefill-rounds 1",
+    "scripts/benchmark.py": "--preset tiny --window-length 32 --num-tokens 4 --num-rounds 2 --batch-size 2 "
+    "--methods sink dynamic --age 20 40 --stream-length 20 40 --prefill-windows 4 --chunk-length 8 --prefill-rounds 1",
     "scripts/chat.py": "--max-new-tokens 20",
     "scripts/demo.py": "--max-new-tokens 300",
     "scripts/evaluate.py": "--num-tokens 200 --skip-tokens 0 --batch-size 2 --window-length 96",
@@ -104,7 +105,8 @@ def copy_of_repository(tmp_path_factory) -> Path:
 
 # What runs
 
-# Every example goes on from the first one of its page, each by itself. Compiled code is captured and not translated: that takes minutes.
+# Every example goes on from the first one of its page, each by itself. Compiled code is captured and not translated, which would take
+# minutes.
 RUN_BLOCKS = """
 import contextlib, copy, functools, io, json, sys
 import torch
@@ -156,8 +158,8 @@ assert cache.get_seq_length() >= text.shape[1] - 1
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=page_name)
 def test_every_command_runs(page, copy_of_repository):
-    """Measurements run small. A command that needs another model or the Hub, or takes hours, is only compared with what its script
-    knows: installing is what CI does, and the other scripts have tests of their own."""
+    """Measurements run small. A command that needs another model or the Hub, or takes hours, is only compared with the options that its
+    script has: installing is what CI does, and the other scripts have tests of their own."""
     for command in commands(page):
         _, script, *options = shlex.split(command)
         if script in SMALL and ANOTHER_MODEL.isdisjoint(options):
@@ -317,9 +319,12 @@ def test_the_readme_is_read_in_one_sitting():
 
 
 def test_the_readme_has_the_sections_of_the_hubs_cards():
-    sections = re.findall(r"^## (.*)$", TEXTS[README], re.MULTILINE)
-    expected = "Description, Base model, Model compatibility, Additional Arguments, Output Type changes, Example usage, Results, FAQ, Limits, Citation"
-    assert sections == expected.split(", ")
+    sections = ", ".join(re.findall(r"^## (.*)$", TEXTS[README], re.MULTILINE))
+    first, last = (
+        "Description, Base model, Model compatibility, Additional Arguments, Output Type changes, Example usage",
+        "Citation",
+    )
+    assert sections == f"{first}, Results, FAQ, Limits, {last}"
 
 
 def test_refused_options_are_listed():
@@ -373,7 +378,8 @@ def test_the_results_are_those_that_were_measured():
 
 
 def test_long_streams_are_those_that_were_measured():
-    """Nats over the last tenth in the long stream and in one that began there, and what is held: after the first window, and in the end."""
+    """Nats over the last tenth, in the long stream and in a stream that began there; and bytes held after the first window and in the
+    end."""
     _, table = table_after("long streams")
     rows = measured("long.csv")
     for dtype, shown_length, *nats, first_held, last_held in table:
