@@ -1,7 +1,7 @@
 """README.md and docs/: every example and every command runs, links lead somewhere, and tables say what was measured.
 
-Examples run on the tiny model in place of the models and repositories that they name on the Hub. Nothing here fixes the wording of
-a page.
+Examples run on the tiny model in place of the models and repositories that they name on the Hub. Nothing here fixes the
+wording of a page.
 """
 
 import importlib.util
@@ -105,8 +105,8 @@ def copy_of_repository(tmp_path_factory) -> Path:
 
 # What runs
 
-# Every example goes on from the first one of its page, each by itself. Compiled code is captured and not translated, which would take
-# minutes.
+# Every example goes on from the first one of its page, each by itself. Compiled code is captured and not translated: that would
+# take minutes.
 RUN_BLOCKS = """
 import contextlib, copy, functools, io, json, sys
 import torch
@@ -156,21 +156,20 @@ assert cache.get_seq_length() >= text.shape[1] - 1
     run([sys.executable, "-c", on_the_tiny_model(first + code, copy_of_repository)], tmp_path)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=page_name)
-def test_every_command_runs(page, copy_of_repository):
-    """Measurements run small. A command that needs another model or the Hub, or takes hours, is only compared with the options that its
-    script has: installing is what CI does, and the other scripts have tests of their own."""
-    for command in commands(page):
-        _, script, *options = shlex.split(command)
-        if script in SMALL and ANOTHER_MODEL.isdisjoint(options):
-            small = shlex.split(SMALL[script])
-            if script == "scripts/plot.py":
-                pytest.importorskip("matplotlib")
-            done = run([sys.executable, script, *options, *small], copy_of_repository, input="import os\n/stats\n")
-            assert json.loads(done.stdout.strip().splitlines()[-1]), command
-        else:
-            known = run([sys.executable, script, "--help"], copy_of_repository).stdout
-            assert all(option in known for option in options if option.startswith("--")), command
+@pytest.mark.parametrize("command", list(dict.fromkeys(command for page in PAGES for command in commands(page))))
+def test_every_command_runs(command, copy_of_repository):
+    """Measurements run small. Where a command needs another model or the Hub, or takes hours, only its options are compared with those
+    of its script: installing is what CI does, and the other scripts have tests of their own."""
+    _, script, *options = shlex.split(command)
+    if script == "scripts/plot.py":
+        pytest.importorskip("matplotlib")
+    if script in SMALL and ANOTHER_MODEL.isdisjoint(options):
+        options += shlex.split(SMALL[script])
+        done = run([sys.executable, script, *options], copy_of_repository, input="import os\n/stats\n")
+        assert json.loads(done.stdout.strip().splitlines()[-1])
+    else:
+        known = run([sys.executable, script, "--help"], copy_of_repository).stdout
+        assert all(option in known for option in options if option.startswith("--"))
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -378,8 +377,8 @@ def test_the_results_are_those_that_were_measured():
 
 
 def test_long_streams_are_those_that_were_measured():
-    """Nats over the last tenth, in the long stream and in a stream that began there; and bytes held after the first window and in the
-    end."""
+    """Nats over the last tenth, in the long stream and in a stream that began there; and bytes held after the first window and
+    in the end."""
     _, table = table_after("long streams")
     rows = measured("long.csv")
     for dtype, shown_length, *nats, first_held, last_held in table:
