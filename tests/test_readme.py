@@ -158,8 +158,8 @@ assert cache.get_seq_length() >= text.shape[1] - 1
 
 @pytest.mark.parametrize("command", list(dict.fromkeys(command for page in PAGES for command in commands(page))))
 def test_every_command_runs(command, copy_of_repository):
-    """Measurements run small. Where a command needs another model or the Hub, or takes hours, only its options are compared with those
-    of its script: installing is what CI does, and the other scripts have tests of their own."""
+    """Measurements run small. Where a command needs another model or the Hub, or takes hours, only its options are compared with the
+    options of its script: installing is what CI does, and the other scripts have tests of their own."""
     _, script, *options = shlex.split(command)
     if script == "scripts/plot.py":
         pytest.importorskip("matplotlib")
