@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from common import storage_bytes  # first: it says where `generate` is found
-from generate import CACHE_NAME, Rotation, model_traits
+from custom_generate.generate import CACHE_NAME, Rotation, model_traits
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, QuantizedCache, StaticCache
 
 PREFILL_CHUNK_LENGTH = 1024

@@ -49,7 +49,7 @@ from baselines import (
     reader,
 )
 from common import DEFAULT_NUM_SINK_TOKENS, DTYPES, add_model_arguments, count, describe_run, load_weights, rounded, storage_bytes
-from generate import CACHE_NAME, SinkCache, generate
+from custom_generate.generate import CACHE_NAME, SinkCache, generate
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
 

@@ -21,7 +21,7 @@ import uuid
 import torch
 import transformers
 from common import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, add_model_arguments, load_model
-from generate import SinkCache, generate
+from custom_generate.generate import SinkCache, generate
 from transformers import StoppingCriteria, TextStreamer
 
 COMMANDS = """\

@@ -15,7 +15,7 @@ import warnings
 import torch
 import transformers
 from common import ROOT, add_block_arguments, check_or_write_block
-from generate import Rotation, SinkCache
+from custom_generate.generate import Rotation, SinkCache
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT / "tests"))

@@ -43,7 +43,7 @@ from pathlib import Path
 import torch
 import transformers
 from common import ROOT, add_model_arguments, count, describe_run, load_model, rounded, storage_bytes
-from generate import CACHE_NAME, SinkCache
+from custom_generate.generate import CACHE_NAME, SinkCache
 from stdlib_text import stdlib_text, unseen_text
 from tqdm import tqdm
 

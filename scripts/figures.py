@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from common import ROOT
-from generate import Window
+from custom_generate.generate import Window
 
 # Colors that stay apart for the color-blind, and in gray.
 SINK, RECENT, EVICTED, FULL_COLOR, INK = "#D55E00", "#56B4E9", "#E9E9E9", "#444444", "#222222"

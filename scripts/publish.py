@@ -409,7 +409,7 @@ def save_local_logits(folder: str, file: str) -> dict:
     import torch
 
     sys.path.insert(0, f"{folder}/custom_generate")
-    from generate import generate
+    from custom_generate.generate import generate
 
     torch.save(compute_logits(folder, lambda model, **arguments: generate(model=model, **arguments)), file)
     return {}

@@ -23,13 +23,9 @@ import transformers
 import yaml
 from packaging.version import Version
 
-from custom_generate.generate import (
-    DEFAULT_NUM_SINK_TOKENS,
-    DEFAULT_PREFILL_CHUNK_SIZES,
-    DEFAULT_WINDOW_LENGTH,
-    UNSUPPORTED_OPTIONS,
-    generate,
-)
+from custom_generate.feed import DEFAULT_PREFILL_CHUNK_SIZES
+from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, generate
+from custom_generate.options import UNSUPPORTED_OPTIONS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

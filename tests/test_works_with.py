@@ -12,11 +12,13 @@ import works_with
 from checks import random_ids
 from common import readme_block
 from families import build_model
-from generate import LOADER_ARGUMENTS, SinkCache, generate
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.generation import configuration_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from works_with import CACHES, NO_EFFECT, OPTION, REFUSED, TABLES, WORKS, rows
+
+from custom_generate.generate import SinkCache, generate
+from custom_generate.options import LOADER_ARGUMENTS
 
 WINDOW = {"window_length": 8, "num_sink_tokens": 2}
 ROWS = [row for head in TABLES for row in rows(head)]
