@@ -206,7 +206,9 @@ class SinkReader:
         return self.cache.num_columns_at_once
 
     def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, slice]:
-        return self.model(**self.cache.prepare(tokens)).logits, slice(None)
+        num_parts = self.cache.num_parts_of(tokens.shape[1])  # of long chunks: as exact, and attention costs less
+        logits = self.model(**self.cache.prepare(tokens, num_parts=num_parts)).logits  # a row for each part
+        return logits.unflatten(0, (len(tokens), num_parts)).flatten(1, 2), slice(None)
 
     @property
     def num_bytes_held(self) -> int:
@@ -383,8 +385,8 @@ def measure(reader, stream: Stream, args, num_tokens: int, on_row, progress: tqd
 
 def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats of the targets `[batch, num_predictions]`, and whether they are the likeliest tokens."""
-    nats = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-    return nats, logits.argmax(-1) == targets
+    nats = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.view_as(targets), logits.argmax(-1) == targets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
