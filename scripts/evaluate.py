@@ -42,7 +42,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import ROOT, add_model_arguments, count, describe_run, load_model, rounded, storage_bytes
+from common import ROOT, add_model_arguments, count, describe_run, load_model, process_bytes, rounded, storage_bytes
 from generate import CACHE_NAME, SinkCache
 from stdlib_text import stdlib_text, unseen_text
 from tqdm import tqdm
@@ -77,7 +77,7 @@ CONDITIONS = (
     "transformers device device_name dtype num_threads"
 ).split()
 METHOD_COLUMNS = ["method", "window_length", "num_sink_tokens"]
-MEASURED = "start stop num_predictions nats nats_stderr perplexity accuracy bytes_held ms_per_token".split()
+MEASURED = "start stop num_predictions nats nats_stderr perplexity accuracy bytes_held process_bytes ms_per_token".split()
 CSV_COLUMNS = ["date", "commit", "measure", *METHOD_COLUMNS, *MEASURED, *CONDITIONS, "python"]
 
 
@@ -334,6 +334,7 @@ class Bucket:
             "perplexity": perplexity(mean),
             "accuracy": torch.cat(self.hits, dim=1).double().mean().item() if nats.numel() else math.nan,
             "bytes_held": num_bytes_held,
+            "process_bytes": process_bytes(),
             "ms_per_token": 1000 * self.seconds / max(self.num_read, 1),
         }
 
