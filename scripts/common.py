@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-sys.path.insert(0, str(ROOT / "custom_generate"))
+sys.path[:0] = [str(ROOT), str(ROOT / "custom_generate")]
 
 from generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH  # noqa: E402
 
