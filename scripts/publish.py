@@ -1,9 +1,9 @@
 """Publish this repository on the Hugging Face Hub, and check what has been published by loading it from there.
 
-What belongs there is put together first, and its own code is run on its own weights. Then it is compared with what the Hub has, and the
-difference goes there in one commit: all of it or nothing. At last a new process with an empty cache loads model and method from the Hub,
-at that commit, and has to find the same logits; only then the tag is set. Progress goes to standard error; the last line on standard
-output is one JSON document.
+What belongs there is put together first, and its own code is run on its own weights. Then it is compared with what the Hub has,
+and the difference goes there in one commit: all of it or nothing. At last a new process with an empty cache loads model and
+method from the Hub, at that commit, and has to find the same logits; only then the tag is set. Progress goes to standard error;
+the last line on standard output is one JSON document.
 
     python scripts/publish.py --repo-id ORG/NAME --dry-run
     python scripts/publish.py --repo-id ORG/NAME --tag v1.0.0

@@ -24,12 +24,22 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import ROOT, add_model_arguments, count, describe_run, load_model
-from evaluate import METHOD_COLUMNS, Method, Results, add_method_arguments, chosen_methods, documents, join_texts, model_name, text_name
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
+from common import ROOT, add_model_arguments, count, describe_run, load_model
 from custom_generate.generate import generate
+from evaluate import (
+    METHOD_COLUMNS,
+    Method,
+    Results,
+    add_method_arguments,
+    chosen_methods,
+    documents,
+    join_texts,
+    model_name,
+    text_name,
+)
 
 METHODS = ("full", "window", "sinks")
 THE_TEXT = "text"  # that goes on, in place of a method

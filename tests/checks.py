@@ -4,11 +4,13 @@ import contextlib
 
 import pytest
 import torch
-from families import TRANSFORMERS, VOCAB_SIZE
-from generate import LinearAttentionLayer, SinkCache
-from oracle import TOLERANCE
 from packaging.version import Version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from custom_generate.generate import SinkCache
+from custom_generate.releases import LinearAttentionLayer
+from families import TRANSFORMERS, VOCAB_SIZE
+from oracle import TOLERANCE
 from zoo import build_zoo_model
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4

@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import chat
 import pytest
 import torch
-from families import TRANSFORMERS
-from generate import SinkCache
 from packaging.version import Version
+
+import chat
+from custom_generate.generate import SinkCache
+from families import TRANSFORMERS
 from test_readme import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[1]

@@ -17,11 +17,11 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from checks import assert_same, feed
-from oracle import native_windows, oracle_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checks import assert_same, feed
 from custom_generate.generate import SinkCache, generate
+from oracle import native_windows, oracle_logits
 
 ROOT = Path(__file__).parents[1]
 MODELS = Path(os.environ.get("SINK_CACHE_MODELS", ROOT / "models"))
