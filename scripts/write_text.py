@@ -1,18 +1,18 @@
 """What a model writes far past its window, with each kind of cache, and how soon it falls apart.
 
-Each method (scripts/evaluate.py says what they are) goes on from the same long beginning of a text, sampling as the model's generation config
-says, or greedily where it says nothing. What is measured of each stretch of the text:
+Each method (scripts/evaluate.py says what they are) goes on from the same long beginning of a text. It samples as the generation
+config of the model says, or greedily where that says nothing. Two things are measured of each stretch of the text:
 
-    distinct   the share of its n-grams, of 1 to 4 tokens, that are not repetitions of others: low in a text that goes round in circles
-    nats       a token, under the same model with a fresh cache of at most --judged-length tokens: high in a text that makes no sense, and
-               low in one that goes round in circles
+    distinct   the share of its n-grams, of 1 to 4 tokens, that are not repetitions: low in a text that goes round in circles
+    nats       a token, under the same model with a fresh cache of at most --judged-length tokens: high in a text that makes no
+               sense, low in one that goes round in circles
 
-Both are also measured of the text itself, which goes on from there (`text`): what is like it is neither. Time is that of the process.
+Both are also measured of the real text from there on (`text`), which does neither. Time is that of the process.
 
     python scripts/write_text.py --model models/smollm2 --text book.txt --window-length 512
 
-Each line of `--csv` is one stretch. The texts are written to `--texts-dir`; `--excerpts` is a file of Markdown with the end of each. The last
-line is one JSON document.
+Each line of `--csv` is one stretch. The texts are written to `--texts-dir`; `--excerpts` is a file of Markdown with the end of
+each text. The last line is one JSON document.
 """
 
 import argparse
@@ -44,8 +44,8 @@ from evaluate import (
 METHODS = ("full", "window", "sinks")
 THE_TEXT = "text"  # that goes on, in place of a method
 CONDITIONS = (
-    "text text_crc32 num_prompt_tokens num_tokens stretch_length judged_length seed sampling model revision torch transformers device "
-    "device_name dtype num_threads"
+    "text text_crc32 num_prompt_tokens num_tokens stretch_length judged_length seed sampling model revision torch transformers "
+    "device device_name dtype num_threads"
 ).split()
 MEASURED = "start stop distinct_1 distinct_2 distinct_3 distinct_4 nats ms_per_token".split()
 CSV_COLUMNS = ["date", "commit", "measure", *METHOD_COLUMNS, *MEASURED, *CONDITIONS, "python"]
@@ -91,8 +91,8 @@ def distinct(ids: list[int], length: int) -> float:
 
 @torch.no_grad()
 def judge(model, ids: list[int], prefix: list[int], length: int) -> torch.Tensor:
-    """Nats of each token, after the `length // 2` to `length - 1` tokens in front of it and the beginning that every text has, if the
-    tokenizer gives it one. The first `length // 2` have fewer in front."""
+    """Nats of each token, with `length // 2` to `length - 1` tokens in front of it, and fewer for the first ones. `prefix` is in
+    front of all of them."""
     nats, half = [], length // 2
     for start in range(-half, len(ids) - half, half):
         tokens = torch.tensor([prefix + ids[max(start, 0) : start + length]], device=model.device)
@@ -127,8 +127,8 @@ def excerpt(text: str) -> str:
 def write_excerpts(path: Path, texts: dict[str, str], about: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     head = (
-        f"# What {about['model']} writes\n\nThe end of {about['num_tokens']:,} tokens, after {about['num_prompt_tokens']:,} tokens of "
-        f"{about['text']}. Sampling: `{about['sampling']}`, seed {about['seed']}, {about['dtype']}.\n"
+        f"# What {about['model']} writes\n\nThe end of {about['num_tokens']:,} tokens, after {about['num_prompt_tokens']:,} "
+        f"tokens of {about['text']}. Sampling: `{about['sampling']}`, seed {about['seed']}, {about['dtype']}.\n"
     )
     blocks = [f"\n## {name[0].upper()}{name[1:]}\n\n{excerpt(text)}\n" for name, text in texts.items()]
     path.write_text(head + "".join(blocks), encoding="utf-8")
