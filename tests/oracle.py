@@ -76,6 +76,11 @@ def states_of(cache: DynamicCache, index: int) -> tuple[torch.Tensor, ...] | Non
     return (keys, layers[index].values) + (() if indexer_keys is None else (indexer_keys[:, None],))
 
 
+def by_token(cache: DynamicCache, num_layers: int) -> list[list[tuple]]:
+    """The states of each token, by layer: of the last tokens only, where a layer holds no more."""
+    return [list(zip(*(each.split(1, dim=2) for each in states_of(cache, index) or ()))) for index in range(num_layers)]
+
+
 def put(kept: list[tuple], cache: DynamicCache, index: int) -> None:
     """States of tokens, of the kind that `states_of` finds, into one layer of a new cache."""
     keys, values, *indexer_keys = (torch.cat(states, 2) for states in zip(*kept))
@@ -147,9 +152,7 @@ def oracle_logits(
     logits, cache = [], new_cache(model, windows)
     if num_at_once:
         logits.append(run(input_ids[:, :num_at_once], torch.tensor([0]), cache))
-        for index in range(len(windows)):
-            states = states_of(cache, index) or ()
-            stored[index] = list(zip(*(each.split(1, dim=2) for each in states)))
+        stored = by_token(cache, len(windows))
     for token in range(num_at_once, input_ids.shape[1]):
         is_full = token >= window_length
         before, cache = cache, new_cache(model, windows)
