@@ -441,7 +441,8 @@ def draw_recall_by_distance(plt, path: Path, rows: list[Row]) -> None:
 TEXT = "model", "text", "dtype", "batch_size"
 FIGURES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Callable, str]] = {
     "perplexity_by_position": ("evaluate.csv", ("stream",), (*TEXT, "text_crc32"), draw_perplexity_by_position, "evaluate"),
-    "real_models": ("real_models.csv", ("stream",), ("model",), draw_real_model, "evaluate"),
+    "real_models": ("smollm2.csv", ("stream",), ("model",), draw_real_model, "evaluate"),
+    "real_models_gemma3": ("gemma3.csv", ("stream",), ("model",), draw_real_model, "evaluate"),
     "cost_by_position": ("cost.csv", ("stream",), ("model", "text", "device_name"), draw_cost_by_position, "evaluate"),
     "recall_by_distance": ("recall.csv", ("recall",), (*TEXT, "task"), draw_recall_by_distance, "stream_eval"),
     "time_by_position": ("benchmark.csv", ("stream",), (*CONDITIONS, "window_length"), draw_time_by_position, "benchmark"),

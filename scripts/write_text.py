@@ -147,8 +147,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperature", type=float, help="of sampling; 0 takes the likeliest token (default: the model's own)")
     add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     add("--csv", type=Path, default=ROOT / "results" / "writing.csv", help="(default: %(default)s)")
-    add("--texts-dir", type=Path, help="where the texts are written (default: nowhere)")
+    add("--texts-dir", type=Path, default=ROOT / "results" / "written", help="for the whole texts (default: %(default)s)")
     add("--excerpts", type=Path, metavar="FILE", help="Markdown with the end of each text (default: none)")
+    add("--resume", action="store_true", help="leave out what the CSV and the folder have of this run")
     args = parser.parse_args()
     args.dataset, args.batch_size = None, 1
     return args
@@ -188,18 +189,18 @@ def main() -> None:
     texts, table = {}, []
     for method in [Method(THE_TEXT), *chosen_methods(args)]:
         name = "the text itself" if method.name == THE_TEXT else str(method)
-        new, seconds = (goes_on, None) if method.name == THE_TEXT else write(model, method, prompt, args)
-        results.forget(method)
-        rows = stretches(model, new, seconds, prefix, args)
-        for row in rows:
-            results.add(method, row)
-        texts[name] = tokenizer.decode(new)
+        path = args.texts_dir / ("-".join(filter(None, (about["model"], *method.columns.values()))) + ".txt")
+        if not (args.resume and path.exists() and results.of(method)):
+            new, seconds = (goes_on, None) if method.name == THE_TEXT else write(model, method, prompt, args)
+            results.forget(method)
+            for row in stretches(model, new, seconds, prefix, args):
+                results.add(method, row)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(tokenizer.decode(new), encoding="utf-8")
+        texts[name] = path.read_text(encoding="utf-8")
+        rows = [{column: float(row[column]) for column in MEASURED if row[column]} for row in results.of(method)]
         table.append({"name": name, **method.columns, "stretches": rows})
         print(f"{name:28s} " + "  ".join(f"{row['nats']:.2f} nats, {row['distinct_4']:.2f} distinct" for row in rows), flush=True)
-        if args.texts_dir:
-            args.texts_dir.mkdir(parents=True, exist_ok=True)
-            file_name = "-".join(filter(None, (about["model"], method.name, *map(str, [*method.columns.values()][1:]))))
-            (args.texts_dir / f"{file_name}.txt").write_text(texts[name], encoding="utf-8")
         if args.excerpts:
             write_excerpts(args.excerpts, texts, about)
     print(json.dumps(about | {"csv": str(args.csv), "results": table}))
