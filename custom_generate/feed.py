@@ -5,8 +5,8 @@ import functools
 
 import torch
 
-from .options import without_our_options
 from .doors import count_tokens
+from .options import without_our_options
 from .prompt import Prompt
 from .releases import CACHE_NAME, CACHE_NAMES, input_device, shallow_copy, stop_counting, uncompiled_copy
 
