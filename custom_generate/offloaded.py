@@ -29,8 +29,8 @@ class OffloadedRing(StoredRing):
     """Keys or values on the host: `host` is `[num_slots, batch, heads, head_dim]`, so that new tokens are copied in one piece.
 
     While a layer works, what the next one needs is copied on a stream of its own. When a layer is through with its copy, the copy
-    is let go, and only new tokens are copied back. As in the offloaded caches of transformers, each stream waits for what the other
-    has begun: copies to the device for copies back, and the layer for its copy.
+    is let go, and only new tokens are copied back. As in the offloaded caches of transformers, each stream waits for what the
+    other has begun: copies to the device for copies back, and the layer for its copy.
 
     On a CPU, all of this happens in one memory, with the same copies. (It was tested that way. The stream on CUDA was not.)
 
@@ -67,8 +67,8 @@ class OffloadedRing(StoredRing):
             self.fetch_ahead(plan)
         wait_for_copies(self.slots.device)
         states = self.ahead.pop(plan)
-        for ring in self.chain[self.place + 1 : self.place + 2]:
-            ring.fetch_ahead(plan)
+        for following in self.chain[self.place + 1 : self.place + 2]:
+            following.fetch_ahead(plan)
         return states.permute(1, 2, 0, 3)
 
     def fetch_ahead(self, plan: Plan) -> None:
@@ -89,7 +89,7 @@ class OffloadedRing(StoredRing):
     def _room(self, num_slots: int, batch_size: int) -> torch.Tensor:
         """Pinned where another device reads it: only from there can it be copied while that device computes."""
         shape = num_slots, batch_size, self.slots.shape[1], self.slots.shape[3]
-        return torch.zeros(shape, dtype=self.slots.dtype, pin_memory=self.slots.is_cuda)
+        return torch.zeros(shape, dtype=self.slots.dtype, device="cpu", pin_memory=self.slots.is_cuda)
 
     def _reserve(self, num_tokens: int) -> None:
         num_slots, num_before = min(num_tokens, self.window.length) - self.window.num_sinks, len(self.host)
@@ -107,7 +107,8 @@ class OffloadedRing(StoredRing):
     def select_rows(self, index: torch.Tensor) -> None:
         super().select_rows(index)
         rows = self.recent.index_select(0, index.cpu())
-        self.host = self._room(len(self.host), len(index))
+        if len(rows) != self.host.shape[1]:
+            self.host = self._room(len(self.host), len(rows))
         self.recent.copy_(rows)
 
     def __getstate__(self) -> dict:
