@@ -46,13 +46,15 @@ from .options import Call
 from .plan import Pass
 from .probe import check_is_decoder, check_mode, model_traits
 from .prompt import whole_prompt
-from .quantized import Quantization, QuantizedStream
+from .quantization import Quantization
+from .quantized import QuantizedStream
 from .reading import ReadableCache
 from .recurrent import RecurrentStates, layers_of_model
 from .releases import CACHE_NAME, NotesRecurrentLayers, unwrapped
 from .rotation import Rotation  # noqa: F401
 from .saving import Saved, settings_of
 from .static import StaticStream
+from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
 from .window import Window  # noqa: F401
 
