@@ -24,15 +24,21 @@ import torch
 
 # transformers up to 5.5 copies only the modules that THIS file imports: name all of them here.
 from .doors import check_attention, check_crop, check_model, check_numbers, check_parts, check_pass, check_tokens, check_unprepared
+from .drafting import DraftFeed, check_drafting, drafting_model
+from .feed import BeamFeed, Feed
+from .guidance import Guidance, with_processors
+from .history import unseen_part
 from .inputs import ModelInputs
 from .layers import SinkLayer
 from .offloaded import OffloadedStream
+from .options import Call
 from .plan import Pass
-from .probe import check_mode, model_traits
+from .probe import check_is_decoder, check_mode, model_traits
+from .prompt import whole_prompt
 from .quantized import Quantization, QuantizedStream
 from .reading import ReadableCache
 from .recurrent import RecurrentStates, layers_of_model
-from .releases import NotesRecurrentLayers, unwrapped
+from .releases import CACHE_NAME, NotesRecurrentLayers, unwrapped
 from .rotation import Rotation  # noqa: F401
 from .saving import Saved, settings_of
 from .static import StaticStream
@@ -253,13 +259,14 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         num_after = [seen + new for seen, new in zip(num_seen, num_new)]
         if is_prepared:
             base = next_base(num_seen, num_after, base, traits, self.window_length)
-        if len(num_new) > 1 and len(set(zip(num_seen, num_new, base))) == 1:  # all rows alike: one number serves them all
-            num_seen, num_new, base = num_seen[:1], num_new[:1], base[:1]
+        counts = num_seen, num_new, num_after, base
+        if len(num_new) > 1 and len(set(zip(*counts))) == 1:  # all rows alike: one number serves them all
+            counts = [numbers[:1] for numbers in counts]
         evicts = num_columns > 1 and any(max(num_after) > window.length for window, _ in stream.places)
         quantizes = self.quantization is not None and num_columns > 1
         can_be_repeated = not (evicts or quantizes or traits.is_recurrent)
         flags = traits.is_ordered, is_prepared, stream.is_recording, can_be_repeated
-        current = Pass(num_seen, num_new, base, batch_size, num_columns, num_parts, *flags, input_ids)
+        current = Pass(*counts, batch_size, num_columns, num_parts, *flags, input_ids)
         check_pass(current, traits, self.window_length, evicts)
         if traits.is_recurrent:
             self.recurrent.check(current)
@@ -291,8 +298,9 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         stream = self.stream
         if stream is None:
             return
-        stream.settle()
-        if self._is_interrupted:
+        if stream.done is not None:
+            stream.settle()
+        if (stream.current is not None or self.traits.is_recurrent) and self._is_interrupted:
             raise ValueError(
                 f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already let go of "
                 "what a second try needs. Call reset(), or go on from a copy that was made before."
@@ -321,7 +329,6 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
         `query_length` is a number, or the positions of the queries (before transformers 5).
         """
-        self.require_model()
         num_columns = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
         stream, layer = self.stream, self._layer_at(layer_idx)
         if stream.current is not None and not stream.has_begun:
@@ -338,6 +345,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     def _layer_at(self, layer_idx: int) -> SinkLayer:
         """A layer; for a layer without keys the first layer with keys, as in the caches of transformers."""
+        if self.stream is None:
+            self.require_model()
         return self.stream.layers.get(layer_idx) or self.stream.layers[self.stream.first_layer]
 
     @contextlib.contextmanager
@@ -478,6 +487,77 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy({name: each for name, each in vars(self).items() if name != "_in_call"}, memo))
         return copied
+
+
+@torch.no_grad()
+def generate(
+    inputs: torch.Tensor | None = None,
+    generation_config=None,
+    logits_processor=None,
+    stopping_criteria=None,
+    prefix_allowed_tokens_fn=None,
+    synced_gpus=None,
+    assistant_model=None,
+    streamer=None,
+    *,
+    model: torch.nn.Module,
+    window_length: int | None = None,
+    num_sink_tokens: int | None = None,
+    prefill_chunk_size: int | None = None,
+    **kwargs,
+):
+    """The model's own `generate`, with a `SinkCache`. All other arguments and what it returns are as there.
+
+    Args:
+        model: given by transformers.
+        window_length: tokens the cache holds, the sinks and the newest token included (default 256).
+        num_sink_tokens: how many of the first tokens are never evicted (default 4). Both numbers may also stand in a generation
+            config, or come with the cache.
+        prefill_chunk_size: tokens of a prompt that go through the model in one pass.
+        cache_implementation: "static" for a cache that never moves. On a GPU transformers then compiles the forward pass, as
+            `compile_config` says; elsewhere, compile the model. "quantized" as `cache_config` says, a dict of options of
+            `Quantization`; or "offloaded" to the memory of the host.
+        past_key_values, or cache (as transformers says since 5.24): a `SinkCache` to continue, with either the whole history in
+            `input_ids`, or its last `window_length` tokens, or only what the cache has not seen: that is
+            `sequences[:, cache.get_seq_length():]` and what comes after it. Without any prompt, the text goes on from the last token
+            that was returned.
+        guidance_scale: as in transformers, with a second cache of the same window for the second text. That one begins anew with each
+            call, with `negative_prompt_ids`; to go on with it, pass the whole of it there.
+
+    Raises:
+        ValueError: something passed can't be processed exactly. The message names it; the model has not been run, and the cache
+            is as before.
+    """
+    model = unwrapped(model)
+    kwargs |= {"inputs": inputs, "generation_config": generation_config, "assistant_model": assistant_model, "streamer": streamer}
+    kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "synced_gpus": synced_gpus}
+    kwargs |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "prefill_chunk_size": prefill_chunk_size}
+    kwargs |= {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
+    check_is_decoder(model)
+    call = Call(model, kwargs)
+    call.refuse_unsupported()
+    cache = call.cache_to_continue()
+    if cache is None:
+        cache = SinkCache(**call.cache_arguments)
+    with cache.in_one_call():
+        prompt = whole_prompt(call, cache)
+        unseen = unseen_part(prompt, cache, call.num_copies)
+        guidance = Guidance.of(call, cache, prompt)
+        cache.bind(model)
+        feed_arguments, others = (model, cache, unseen, call.chunk_size, call.is_synced), {}
+        if call.is_assisted:
+            check_drafting(call, cache, prompt)
+            others["assistant_model"] = drafting_model(call, cache)
+            feed = DraftFeed(*feed_arguments, num_columns=prompt.num_columns)
+        else:
+            feed = BeamFeed(*feed_arguments) if call.has_beams else Feed(*feed_arguments)
+        with feed:
+            view = with_processors(feed.view(), prompt, call.num_copies, guidance)
+            outputs = type(model).generate(view, **call.arguments_with(cache, prompt.tokens.shape[:2], **others))
+            feed.sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+    if not isinstance(outputs, torch.Tensor):
+        setattr(outputs, CACHE_NAME, cache)
+    return outputs
 
 
 def in_use() -> ValueError:

@@ -37,9 +37,10 @@ class ModelInputs:
         """None where the model itself makes the right mask: a plain causal one."""
         if self.traits.is_ordered:
             return held_columns(current, self.stream.ids.window.length, device)
-        padding = padding_mask(current, device)
-        plans = [layer.plan for layer in self.stream.layers.values()]
-        is_causal = all(plan.is_causal for plan in plans) and (padding is None or not self.traits.is_recurrent)
+        padding = padding_mask(current, device) if min(current.num_new) < current.num_columns else None
+        is_causal = padding is None or not self.traits.is_recurrent
+        for layers, _ in self.stream.places.values():
+            is_causal = is_causal and (not layers or layers[0].plan.is_causal)
         if is_causal and self._model_makes_this_mask(current):
             return None
         num_rows = current.batch_size * current.num_parts
@@ -84,10 +85,8 @@ def position_ids(current: Pass, device: torch.device) -> torch.Tensor:
     return positions.contiguous()  # a graph is made for one memory layout
 
 
-def padding_mask(current: Pass, device: torch.device) -> torch.Tensor | None:
-    """1 for a token and 0 for padding, `[batch, num_columns]`; None if no column is padding."""
-    if min(current.num_new) == current.num_columns:
-        return None
+def padding_mask(current: Pass, device: torch.device) -> torch.Tensor:
+    """1 for a token and 0 for padding, `[batch, num_columns]`."""
     first = current.num_columns - torch.tensor(current.num_new, device=device)[:, None]
     return (torch.arange(current.num_columns, device=device) >= first).long().expand(current.batch_size, -1)
 

@@ -1,7 +1,5 @@
 """The layers of a cache: keys and values in the slots of a window, and the sinks, which move."""
 
-from collections.abc import Sequence
-
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -20,8 +18,11 @@ class Ring:
 
     Attributes:
         sinks, number: the group in which the sinks of this ring move, and its number there; None if they do not move.
-        log: what recorded passes have overwritten: `(rows, slots, tokens), states`.
+        log: what recorded passes have overwritten: `(rows, slots, tokens), keys or values`.
+        num_bytes_on_host: bytes that are offloaded.
     """
+
+    num_bytes_on_host = 0
 
     def __init__(self, window: Window, rotation: Rotation, shape: tuple[int, int], dtype: torch.dtype, device: torch.device):
         self.window, self.rotation = window, rotation
@@ -39,12 +40,12 @@ class Ring:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything that the ring holds."""
-        return [self.slots, *(states for _, states in self.log)]
+        return [self.slots, *(overwritten for _, overwritten in self.log)]
 
     @property
-    def num_bytes_on_host(self) -> int:
-        """Bytes that are offloaded."""
-        return 0
+    def recent(self) -> torch.Tensor:
+        """What is held behind the sinks as it came, `[batch, heads, num_slots, head_dim]`."""
+        return self.slots[:, :, self.window.num_sinks :]
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
         """Views of everything that a text of so many tokens has left here, to be saved or to be filled. Dimension 0 has the rows."""
@@ -54,22 +55,34 @@ class Ring:
 
     def allocate(self, batch_size: int) -> None:
         """Begin with no tokens."""
-        self.log = []
+        self.forget()
         self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], 0, self.slots.shape[3])
 
-    def update(self, plan: Plan, new: torch.Tensor) -> torch.Tensor:
-        """Write new keys or values `[batch, heads, num_columns, head_dim]`; return those for the pass, `[batch, heads, kv_length, head_dim]`."""
-        if plan.num_held > self.slots.shape[2]:
-            self.grow(plan.num_held)
-        return self.carry_out(plan, self.slots, new)
+    def update(self, plan: Plan, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
+        """Write what is new, `[batch, heads, num_columns, head_dim]`; return what the pass is handed, `[batch, heads, kv_length, head_dim]`.
 
-    def carry_out(self, plan: Plan, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """`update` on slots `held`, `[batch, heads, at least plan.num_held, head_dim]`."""
-        if plan.hands_out_slots:
-            self._write(plan, held, new)
-            if plan.order is not None:
-                return take_slots(held, plan.order)
-            return held if plan.num_held == held.shape[2] else held.narrow(2, 0, plan.num_held)
+        Args:
+            held: the slots before the pass, if they are kept in another form than `slots`.
+        """
+        if held is None:
+            if plan.num_held > self.slots.shape[2]:
+                self.grow(plan.num_held)
+            held = self.slots
+        copies = None if plan.hands_out_slots else self._with_copies_of_sinks(plan, held, new)
+        if plan.current.is_recorded:
+            self.record(plan, held)
+        if isinstance(plan.slots, slice):
+            held.narrow(2, plan.slots.start, plan.num_columns).copy_(new)
+        else:
+            held[plan.rows, :, plan.slots] = new[plan.rows, :, plan.columns]
+        if copies is not None:
+            return copies
+        if plan.order is not None:
+            return take_slots(held, plan.order)
+        return held if plan.num_held == held.shape[2] else held.narrow(2, 0, plan.num_held)
+
+    def _with_copies_of_sinks(self, plan: Plan, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """A copy of the sinks for each query, recent tokens as before the pass, and new tokens."""
         if plan.writes_sinks:
             rows, slots, columns = plan.new_sinks()
             held[rows, :, slots] = new[rows, :, columns]
@@ -78,24 +91,8 @@ class Ring:
             copies = rotate(self.rotation.pairs(copies), self.sinks.for_queries).to(new.dtype)
         copies = copies.expand(-1, -1, plan.num_columns, -1, -1)
         if plan.num_parts > 1:
-            handed_out = plan.in_parts(copies, torch.cat([take_slots(held, plan.recent_slots), new], dim=2))
-        else:
-            handed_out = torch.cat([copies.flatten(2, 3), held[:, :, plan.recent_before], new], dim=2)
-        self._write(plan, held, new)
-        return handed_out
-
-    def _write(self, plan: Plan, held: torch.Tensor, new: torch.Tensor) -> None:
-        if plan.current.is_recorded:
-            self.record(plan, held)
-        if isinstance(plan.slots, slice):
-            held.narrow(2, plan.slots.start, plan.num_columns).copy_(new)
-        else:
-            held[plan.rows, :, plan.slots] = new[plan.rows, :, plan.columns]
-
-    def record(self, plan: Plan, held: torch.Tensor) -> None:
-        """Keep what the pass is about to overwrite."""
-        rows, slots, _ = plan.written
-        self.log.append((plan.written, held[rows, :, slots]))
+            return plan.in_parts(copies, torch.cat([take_slots(held, plan.recent_slots), new], dim=2))
+        return torch.cat([copies.flatten(2, 3), held[:, :, plan.recent_before], new], dim=2)
 
     @torch.inference_mode(False)  # the slots can be changed later in any mode
     def grow(self, num_slots: int) -> None:
@@ -106,22 +103,24 @@ class Ring:
         slots[:, :, :num_before] = self.slots
         self.slots = slots
 
-    def can_undo(self, plan: Plan) -> bool:
-        """Whether the tokens of a recorded pass can be rolled back, all or some of them."""
-        return plan.can_be_undone
+    def record(self, plan: Plan, held: torch.Tensor) -> None:
+        """Keep what the pass is about to overwrite."""
+        rows, slots, _ = plan.written
+        self.log.append((plan.written, held[rows, :, slots]))
 
     def undo(self, num_tokens: list[int]) -> None:
-        """Put back what recorded passes have overwritten, for all tokens of each row from `num_tokens` on. The last pass comes first."""
-        for (rows, slots, tokens), overwritten in reversed(self.log):
-            first = torch.tensor(num_tokens, device=tokens.device)
-            is_undone = tokens >= (first if len(first) == 1 else first[rows])
-            self.slots[rows[is_undone], :, slots[is_undone]] = overwritten[is_undone]
+        """Put back what recorded passes have overwritten, for all tokens of each row from `num_tokens` on."""
+        for rows, slots, is_undone, overwritten in undone(self.log, num_tokens):
+            self.slots[rows, :, slots] = overwritten[is_undone]
+
+    def forget(self) -> None:
+        """What recorded passes have brought stands."""
+        self.log = []
 
     def rebase(self, num_positions: torch.Tensor) -> None:
         """Lower the positions of each row by `num_positions` `[rows, 1, 1]`: keys behind the sinks are rotated back, and rounded once."""
         angles = self.rotation.angles(num_positions, torch.zeros_like(num_positions))
-        recent = self.slots[:, :, self.window.num_sinks :]
-        recent.copy_(self.rotation.turn(recent, angles))
+        self.recent.copy_(self.rotation.turn(self.recent.to(angles.device), angles))
         for number, (written, overwritten) in enumerate(self.log):
             of_entries = angles[0] if len(angles) == 1 else angles[written[0], 0]
             self.log[number] = written, self.rotation.turn(overwritten, of_entries)
@@ -138,7 +137,9 @@ class Sinks:
     layers in one go: one rotation and one rounding, `num_sinks` keys a step, however long the text is.
 
     Attributes:
+        pristine: the sinks as they came, with their partners: float32 `[2, layers, batch, heads, num_sinks, head_dim]`.
         moved_by: how far the sinks in the slots are from where they came: a number for each row, or a single one.
+        are_new: the last pass has written some of them, so that they have to be kept.
         for_queries: cosines and sines that move the sinks for each query of a pass, `[2, rows, 1, columns, num_sinks, head_dim]`.
     """
 
@@ -146,53 +147,48 @@ class Sinks:
         self.rings, self.window, self.rotation = rings, rings[0].window, rings[0].rotation
         for number, ring in enumerate(rings):
             ring.sinks, ring.number = self, number
-        self.clear()
+        self.pristine: torch.Tensor | None = None
+        self.allocate(0)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything that is held beside the slots."""
-        return [tensor for tensor in (self.pristine, self.for_queries, self._ahead) if tensor is not None]
+        return [self.pristine, self._ahead, *([] if self.for_queries is None else [self.for_queries])]
 
-    def clear(self) -> None:
-        """As before the first token."""
-        self.moved_by, self.for_queries = [0], None
-        self.pristine: torch.Tensor | None = None  # with their partners, float32 [2, layers, batch, heads, num_sinks, head_dim]
-        self._are_new = False  # the last pass has written some of them
-        self._views, self._viewed = [], None  # the slots of the sinks, and the ring in which the first of them stands
+    def allocate(self, batch_size: int) -> None:
+        """Begin with no tokens."""
+        _, num_heads, _, head_dim = self.rings[0].slots.shape
+        shape = 2, len(self.rings), batch_size, num_heads, self.window.num_sinks, head_dim
+        self.pristine = torch.zeros(shape, device=self.rings[0].slots.device)
+        self.forget()
+
+    def forget(self) -> None:
+        self.moved_by, self.are_new, self.for_queries = [0], False, None
+        self._views, self._viewed = [], None  # the slots of the sinks, and of the first ring all slots
         self._ahead, self._first_ahead = None, 0
+        self.cos_sin_at([0])
 
     def begin(self, plan: Plan) -> None:
         """Before a pass: bring the sinks to where its queries need them, or say where that is for each query."""
-        self.keep_new(plan)
-        self.for_queries = None
+        if self.are_new:
+            self.keep()
+        self.are_new, self.for_queries = plan.writes_sinks, None
         if plan.hands_out_slots:
             self.move(plan.shifts)
         else:
             self.move([0])
             self.for_queries = self.cos_sin(plan.shifts[:, None])
 
-    def keep_new(self, plan: Plan) -> None:
-        """Keep the sinks that the last pass has written, as they came."""
-        if self._are_new:
-            self.keep()
-        self._are_new = plan.writes_sinks
-
-    def restored(self) -> None:
-        """The slots were filled with sinks as they came."""
-        self.clear()
-        self._are_new = True
-
     def keep(self) -> None:
         now = torch.stack([ring.slots[:, :, : self.window.num_sinks] for ring in self.rings])
         if any(self.moved_by):  # some rows have moved sinks
             is_moved = torch.tensor(self.moved_by, device=now.device).bool()[:, None, None, None]
             now = torch.where(is_moved, self.pristine[0].to(now.dtype), now)
-        now = torch.stack(self.rotation.pairs(now))
-        self.pristine = self.pristine.copy_(now) if self.pristine is not None and self.pristine.shape == now.shape else now
+        self.pristine.copy_(torch.stack(self.rotation.pairs(now)))
 
     def move(self, shifts: list[int]) -> None:
         """Bring the sinks in the slots to `shifts` positions from where they came."""
-        if shifts == self.moved_by or self.pristine is None:
+        if shifts == self.moved_by or not (any(shifts) or any(self.moved_by)):
             return
         if self._viewed is not self.rings[0].slots:
             self._viewed = self.rings[0].slots
@@ -217,9 +213,7 @@ class Sinks:
         return torch.stack([angles.cos(), angles.sin()])
 
     def select_rows(self, index: torch.Tensor) -> None:
-        self._viewed = None
-        if self.pristine is not None:
-            self.pristine = selected(self.pristine, index, dim=2)
+        self._viewed, self.pristine = None, selected(self.pristine, index, dim=2)
         if len(self.moved_by) > 1:
             self.moved_by = [self.moved_by[row] for row in index.tolist()]
 
@@ -229,8 +223,8 @@ class SinkLayer(CacheLayerMixin):
 
     is_croppable = is_initialized = True  # a pass makes room for all layers when it begins
 
-    def __init__(self, window: Window, rings: Sequence[Ring], stream, is_sliding: bool):
-        self.window, self.rings, self.stream, self.is_sliding = window, tuple(rings), stream, is_sliding
+    def __init__(self, window: Window, rings: list[Ring], stream, is_sliding: bool):
+        self.window, self.rings, self.stream, self.is_sliding = window, rings, stream, is_sliding
         self.plan: Plan | None = None  # of the pass under way
 
     @property
@@ -241,15 +235,21 @@ class SinkLayer(CacheLayerMixin):
     def values(self) -> torch.Tensor:
         return self.rings[1].slots
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing has to be done."""
-
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """`[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
         plan, (keys, values) = self.plan, self.rings
+        if not key_states.dtype == value_states.dtype == keys.slots.dtype:
+            raise ValueError(
+                f"The model brings keys in {key_states.dtype} and values in {value_states.dtype}, and this cache was made for "
+                f"{keys.slots.dtype}. Put the model into one dtype, model.to(dtype), in place of autocast; if that was done after "
+                "the cache was made, make a new one."
+            )
         if plan.num_parts > 1:
             key_states, value_states = plan.joined(key_states), plan.joined(value_states)
         return keys.update(plan, key_states), values.update(plan, value_states)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing has to be done."""
 
     def get_seq_length(self) -> int:
         return max(self.stream.num_tokens)
@@ -257,16 +257,10 @@ class SinkLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.window.length
 
-    def get_max_cache_shape(self) -> int:
-        return self.window.length
+    get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.plan.kv_length, 0
-
-    def reset(self) -> None:
-        self.plan = None
-        for ring in self.rings:
-            ring.allocate(0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         for ring in self.rings:
@@ -277,6 +271,15 @@ def selected(states: torch.Tensor, index: torch.Tensor, dim: int = 0) -> torch.T
     """The rows `index` of what has its rows in dimension `dim`; in the same memory if there are as many rows as before."""
     rows = states.index_select(dim, index)
     return states.copy_(rows) if rows.shape == states.shape else rows
+
+
+def undone(log: list[tuple], num_tokens: list[int]):
+    """What is put back if only the first `num_tokens` of each row stand, the last pass first: rows and slots, which entries of a pass
+    these are, and what all its entries have overwritten."""
+    for (rows, slots, tokens), overwritten in reversed(log):
+        first = torch.tensor(num_tokens, device=tokens.device)
+        is_undone = tokens >= (first if len(first) == 1 else first[rows])
+        yield rows[is_undone], slots[is_undone], is_undone, overwritten
 
 
 def take_slots(held: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,11 @@ import torch
 from .releases import input_device, is_autocast_enabled
 from .rotation import Rotation
 
+# The names under which models with recurrent layers look for the masks of layers that see all, of layers with a native window,
+# and of layers that have to know only what is padding.
+FULL_MASKS, SLIDING_MASKS = ("full_attention", "hybrid"), ("sliding_attention", "hybrid_sliding")
+PADDING_MASKS = "linear_attention", "conv"
+
 
 @dataclass(frozen=True)
 class LayerTraits:
@@ -59,7 +64,7 @@ class ModelTraits:
     layer_types: tuple[str, ...] | None
     has_old_masks: bool
 
-    @property
+    @functools.cached_property
     def is_recurrent(self) -> bool:
         """There are recurrent or convolutional states."""
         return len(self.recurrent_states) > 0

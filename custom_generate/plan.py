@@ -19,7 +19,7 @@ class Pass:
     The lists have one number for each row, or a single number where all rows are alike.
 
     Attributes:
-        num_seen: tokens seen before the pass.
+        num_seen, num_after: tokens seen before the pass, and after it.
         num_new: new tokens. They are the last of the `num_columns` columns; the columns before them are padding.
         base: number that is subtracted from a row's token numbers to get its positions.
         num_parts: rows of the batch that the model is given for each row of the cache (`Plan`).
@@ -32,6 +32,7 @@ class Pass:
 
     num_seen: list[int]
     num_new: list[int]
+    num_after: list[int]
     base: list[int]
     batch_size: int
     num_columns: int
@@ -43,11 +44,6 @@ class Pass:
     input_ids: torch.Tensor | None = None
 
     @cached_property
-    def num_after(self) -> list[int]:
-        """Tokens seen after the pass."""
-        return [seen + new for seen, new in zip(self.num_seen, self.num_new)]
-
-    @property
     def part_length(self) -> int:
         return self.num_columns // self.num_parts
 
@@ -69,6 +65,10 @@ class Plan:
 
     Attributes:
         num_held: slots in use after the pass, of the row that has the most.
+        kv_length: keys that the pass is handed, in each part.
+        is_causal: each query sees all that is handed out before it, and all rows are alike.
+        can_be_undone: rolling back the pass restores the window, because no new token has evicted another new token.
+        recent_before: the slots of recent tokens that are in use before the pass.
         rows, slots, columns: what is written: column `columns[i]` of row `rows[i]` goes to slot `slots[i]`. Slices where they do.
         shifts: how far the sinks are moved: a number for each row (a list), or for each query, `[rows, columns]`.
         order: slots in the order of their tokens, `[rows, num_held]`, for an ordered pass. Else None.
@@ -77,50 +77,30 @@ class Plan:
     is_in_tensors = False  # the numbers of the pass stand in Python
 
     def __init__(self, window: Window, current: Pass, device: torch.device):
-        num_seen, num_after = current.num_seen, current.num_after
+        num_seen, num_after, num_columns = current.num_seen, current.num_after, current.num_columns
         self.window, self.current, self.device = window, current, device
-        self.num_columns, self.num_parts = current.num_columns, current.num_parts
+        self.num_columns, self.num_parts = num_columns, current.num_parts
         self.is_uniform = len(num_seen) == 1
         self.num_held = min(max(num_after), window.length)
-        self.hands_out_slots = self.num_columns == 1 or max(num_after) <= window.length
+        self.hands_out_slots = num_columns == 1 or max(num_after) <= window.length
         self.writes_sinks = min(num_seen) < window.num_sinks
+        self.can_be_undone = self.hands_out_slots or num_columns <= window.num_recent
         self.order = self._order() if current.is_ordered else None
+        self.is_causal = self.hands_out_slots and (self.is_uniform or num_columns == 1 and min(num_after) >= self.num_held)
         if self.hands_out_slots:
+            self.kv_length = self.num_held
             self.shifts = [window.shift(seen - start) for seen, start in zip(num_seen, current.base)]
         else:
+            self.recent_before = slice(window.num_sinks, max(min(max(num_seen), window.length), window.num_sinks))
+            num_recent = self.recent_before.stop - window.num_sinks + num_columns
+            num_recent = self._num_recent_in_part if self.num_parts > 1 else num_recent
+            self.kv_length = window.num_sinks * current.part_length + num_recent
             self.shifts = window.shift(self.tokens - torch.tensor(current.base, device=device)[:, None])
         if self.hands_out_slots and self.is_uniform:
             start = window.slot(num_seen[0])
-            self.rows, self.slots, self.columns = slice(None), slice(start, start + self.num_columns), slice(None)
+            self.rows, self.slots, self.columns = slice(None), slice(start, start + num_columns), slice(None)
         else:
             self.rows, self.slots, self.columns = self._entries()
-
-    @property
-    def is_causal(self) -> bool:
-        """Each query sees all that is handed out before it, and all rows are alike."""
-        num_after = self.current.num_after
-        return self.hands_out_slots and (self.is_uniform or self.num_columns == 1 and min(num_after) >= self.num_held)
-
-    @property
-    def can_be_undone(self) -> bool:
-        """Rolling back the pass restores the window: no new token has evicted another new token."""
-        return self.hands_out_slots or self.num_columns <= self.window.num_recent
-
-    @property
-    def kv_length(self) -> int:
-        """Keys that the pass is handed, in each part."""
-        if self.hands_out_slots:
-            return self.num_held
-        num_copies = self.window.num_sinks * self.current.part_length
-        if self.num_parts > 1:
-            return num_copies + self._num_recent_in_part
-        return num_copies + self.recent_before.stop - self.recent_before.start + self.num_columns
-
-    @property
-    def recent_before(self) -> slice:
-        """The slots of recent tokens that are in use before the pass."""
-        num_sinks = self.window.num_sinks
-        return slice(num_sinks, max(min(max(self.current.num_seen), self.window.length), num_sinks))
 
     # Tokens and slots
 

@@ -10,6 +10,9 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from .models import (
+    FULL_MASKS,
+    PADDING_MASKS,
+    SLIDING_MASKS,
     LayerTraits,
     ModelTraits,
     check_is_decoder,
@@ -37,23 +40,18 @@ from .rotation import Rotation, candidate_rotations
 
 logger = logging.get_logger(__name__)
 
+# How far keys may be from a rotation that explains them, relative to the length of a pair: in the first layer, and behind it,
+# where in 16 bits the rounding of scores comes on top of that of cosines, sines and products.
+ROTATION_TOLERANCE = {torch.float64: (2e-3, 2e-3), torch.float32: (2e-3, 2e-3)}
+ROTATION_TOLERANCE |= {torch.float16: (4e-3, 4e-2), torch.bfloat16: (1.5e-2, 0.15)}
 
-# How far keys may be from a rotation that explains them, relative to the length of a pair: in the first layer, and behind it, where in
-# 16 bits the rounding of scores comes on top of that of cosines, sines and products.
-ROTATION_TOLERANCE = {
-    torch.float64: (2e-3, 2e-3),
-    torch.float32: (2e-3, 2e-3),
-    torch.float16: (4e-3, 4e-2),
-    torch.bfloat16: (1.5e-2, 0.15),
-}
-
-# A model's noise is what rounding does to the logits of a text that is moved by single positions: each position has other angles, and
-# each model amplifies their rounding in its own way. Far away, the logits of a text may differ from those at the first positions by
-# so many standard errors of the noise. Measured for windows of 16 to 16,384 in float32, bfloat16 and float16: at most 1.7 for what
-# depends on distances only (SmolLM2, Gemma 3, all families, deep random models), and at least 2.9 for what does not.
+# A model's noise is what rounding does to the logits of a text that is moved by single positions: each position has other angles,
+# and each model amplifies their rounding in its own way. Far away, a text may have logits that differ from those at the first
+# positions by so many standard errors of the noise. Measured at windows of 16 to 16,384 in float32, bfloat16 and float16: at most
+# 1.7 where they depend on distances only (SmolLM2, Gemma 3, all families, deep random models), 2.9 or more where they do not.
 MAX_STANDARD_ERRORS = 2.4
-# In standard deviations of the logits: a difference that is too small to matter; noise that is too large to tell anything from it; and
-# how far two ways to compute one thing (a recurrence by steps or in chunks) may be apart, if not by a few times the noise.
+# In standard deviations of the logits: a difference that is too small to matter; noise that is too large to tell anything from it;
+# and how far two ways to compute one thing (a recurrence by steps or in chunks) may be apart, if not by a few times the noise.
 NEGLIGIBLE = {torch.float64: 3e-5, torch.float32: 3e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MAX_NOISE = {torch.float64: 0.03, torch.float32: 0.03, torch.float16: 0.5, torch.bfloat16: 0.5}
 SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -71,11 +69,6 @@ MAX_EXACT_POSITION = 2**24
 
 NO_KEYS = "no keys"  # in place of the length of a native window
 CHUNKED = "chunked_attention"  # the type of layers that attend within chunks of the text
-# The names under which models with recurrent layers look for the masks of layers that see all, of layers with a native window, and
-# of layers that have to know only what is padding.
-FULL_MASKS, SLIDING_MASKS = ("full_attention", "hybrid"), ("sliding_attention", "hybrid_sliding")
-PADDING_MASKS = "linear_attention", "conv"
-
 # The rules, as refusals name them.
 EXACT = "the sinks are moved as the model itself encodes their new positions"
 SHIFT = "logits do not depend on how many tokens have gone by"
@@ -190,9 +183,7 @@ class Probe:
 
     def _check_old_models(self) -> None:
         if self.has_old_masks and any(getattr(module, "is_sliding", False) for module in self.model.modules()):
-            raise self._refusal(
-                "its layers change the mask they are given. In newer releases of transformers they don't", BOUNDED
-            )
+            raise self._refusal("its layers change the mask they are given. In newer releases they don't", BOUNDED)
         if any(hasattr(module, "_cached_keys") for module in self.model.modules()):  # GLM MoE DSA, until 5.10
             reason = "its layers hold keys of their own outside of the cache. With transformers 5.11 or newer they don't"
             raise self._refusal(reason, BOUNDED)
@@ -200,14 +191,11 @@ class Probe:
     def _rebase_at(self) -> int:
         length = 2 * self.window_length
         if length > MAX_EXACT_POSITION:
-            raise self._refusal(
-                f"it can't tell positions up to {length} apart, which such a window needs: try a shorter one", SHIFT
-            )
+            raise self._refusal(f"it can't tell positions up to {length} apart, which it needs: try a shorter one", SHIFT)
         if self.max_positions is not None and length > self.max_positions:
-            raise ValueError(
-                f"window_length={self.window_length} is too long for {self.name}: what it computes of positions changes or ends "
-                f"at position {self.max_positions}, and the cache needs positions up to twice the window. Use a window_length of "
-                f"at most {self.max_positions // 2}."
+            raise self._too_long(
+                f": what it computes of positions changes or ends at position {self.max_positions}, and the cache needs positions "
+                f"up to twice the window. Use a window_length of at most {self.max_positions // 2}."
             )
         rebase_at = max(length, MIN_REBASE_IN_16_BITS if self.dtype.itemsize == 2 else 0)
         return min(rebase_at, self.max_positions or rebase_at)
@@ -233,7 +221,8 @@ class Probe:
         """What there is to know of each layer: how its keys move, and its shapes."""
         cached = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in self.cache.layers]
         holds_keys = [window != NO_KEYS for window in self.native_windows]
-        if not any(holds_keys) or len(cached) != len(holds_keys) or any(c[0] is None for c, h in zip(cached, holds_keys) if h):
+        are_missing = [holds and keys is None for holds, (keys, _) in zip(holds_keys, cached)]
+        if not any(holds_keys) or len(cached) != len(holds_keys) or any(are_missing):
             raise self._refusal("attention layers do not put their keys and values into its cache", BOUNDED)
         tables = inverse_frequencies(self.model, self.config)
         traits = []
@@ -252,10 +241,10 @@ class Probe:
 
     def recurrent_states(self) -> dict[int, dict[str, torch.Tensor]]:
         """What the layers hold beside keys and values, without the rows."""
-        layers = enumerate(self.cache.layers) if self.is_recurrent else ()
-        layers = {index: layer for index, layer in layers if isinstance(layer, LinearAttentionLayer)}
         return {
-            index: {name: state[:0].clone() for name, state in named_states(layer).items()} for index, layer in layers.items()
+            index: {name: state[:0].clone() for name, state in named_states(layer).items()}
+            for index, layer in enumerate(self.cache.layers)
+            if isinstance(layer, LinearAttentionLayer)
         }
 
     def check_that_no_token_sees_later_ones(self) -> None:
@@ -277,13 +266,11 @@ class Probe:
         if median(difference / noise) * (NUM_NEIGHBOURS / 2) ** 0.5 > MAX_STANDARD_ERRORS:
             raise self._refusal("its logits depend on where a text stands, not only on distances", SHIFT)
         if median(noise) > MAX_NOISE[self.dtype] * scale:
-            reason = (
-                f"its logits depend on where a text stands, if only by rounding: near position {self.rebase_at} they change with "
-            )
-            raise self._refusal(f"{reason}every position by {median(noise) / scale:.2g} of their standard deviation", SHIFT)
+            reason = f"they change by {median(noise) / scale:.2g} standard deviations from one position to the next"
+            raise self._refusal(f"its logits depend on where a text stands, if only by rounding: {reason}", SHIFT)
 
     def check_that_texts_can_be_split(self) -> tuple[frozenset[int], bool]:
-        """Returns the recurrent layers that a pass can be seen to reach, and whether single tokens are computed as several are."""
+        """Returns the recurrent layers that a pass can be seen to reach, and whether single tokens are computed as several."""
         cache = NotingCache(config=self.config)
         try:
             self._ask(cache, slice(0, 1), dict.fromkeys((*FULL_MASKS, *SLIDING_MASKS, *PADDING_MASKS)))
@@ -297,9 +284,9 @@ class Probe:
         if self._differ(self._split_into(NUM_SPLIT // 2, NUM_SPLIT // 2), whole):
             reason = "its recurrent layers forget their state in a pass of several tokens"
             raise self._refusal(f"its logits depend on how a text is split into passes: {reason}", FEEDING)
-        # Single tokens after a pass, and a pass after single tokens. So few limited time steps may differ by less than rounding.
+        # Single tokens after a pass, and a pass after single tokens.
         differ = self._differ(self._split_into(2, 1, 1, 1, 1, 2), whole)
-        return noted, not (differ or limits_time_steps(self.model))
+        return noted, not (differ or limits_time_steps(self.model))  # rounding may hide the limits in so few tokens
 
     def check_that_order_does_not_count(self) -> None:
         """One token more, on the keys as they are and in reverse."""
@@ -323,8 +310,7 @@ class Probe:
         for option, reason in limits.items():
             length = getattr(self.config, option, None)
             if length is not None and self.window_length > length:
-                window = f"window_length={self.window_length}"
-                raise ValueError(f"{window} is too long for {self.name} ({option}={length}): {reason}.")
+                raise self._too_long(f" ({option}={length}): {reason}.")
 
     def _ask(self, cache: DynamicCache, columns: slice, masks: dict | torch.Tensor | None = None) -> torch.Tensor:
         """Logits `[texts, positions, vocab]` of the last of these columns of the texts, which go into the cache."""
@@ -403,6 +389,9 @@ class Probe:
                 raise
             reason = f"a first look at how it caches keys failed ({type(error).__name__}: {error})"
             raise self._refusal(reason, BOUNDED) from error
+
+    def _too_long(self, why: str) -> ValueError:
+        return ValueError(f"window_length={self.window_length} is too long for {self.name}{why}")
 
     def _refusal(self, reason: str, rule: str) -> ValueError:
         opening = f"SinkCache can't keep its rules for {self.name} with window_length={self.window_length}"

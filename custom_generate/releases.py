@@ -7,9 +7,11 @@ passes to methods of a cache in one form or another (`update`, `get_mask_sizes`,
 import inspect
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, cache_utils
 
-if "config" not in inspect.signature(DynamicCache.__init__).parameters:
+if Version(transformers.__version__) < Version("4.57"):
     raise ImportError(
         "sink_cache needs transformers 4.57 or newer: pip install -U transformers. With 4.52 to 4.56, pass "
         'revision="v1" to `generate`, which loads the last version that they can use.'
@@ -130,7 +132,7 @@ def stop_counting(view: torch.nn.Module) -> None:
             model_kwargs["cache_position"] = torch.ones(1, dtype=torch.long, device=device)
             return model_kwargs
 
-        view._get_initial_cache_position = get_initial_cache_position
+        vars(view)["_get_initial_cache_position"] = get_initial_cache_position
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
@@ -164,7 +166,7 @@ def check_prompt_learning(model: torch.nn.Module) -> None:
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(
             f"SinkCache can't serve {type(model).__name__} with {model.active_peft_config.peft_type.value}: its virtual tokens "
-            "would pass by the cache, which could neither count nor hold them. Adapters that change weights (LoRA and the like) work."
+            "would pass by the cache, which could neither count nor hold them. Adapters that change weights (LoRA) work."
         )
 
 
@@ -185,7 +187,7 @@ def shallow_copy(model: torch.nn.Module) -> torch.nn.Module:
 def uncompiled_copy(model: torch.nn.Module) -> torch.nn.Module:
     """The model without torch.compile: prompt chunks have many shapes, and compiling each costs more than it saves."""
     view = shallow_copy(model)
-    view._compiled_call_impl = None  # model.compile()
+    vars(view)["_compiled_call_impl"] = None  # model.compile()
     forward = getattr(model.forward, "_torchdynamo_orig_callable", None)  # model.forward = torch.compile(model.forward)
     if forward is not None:
         view.forward = forward

@@ -27,7 +27,7 @@ class Window:
 
     def slot(self, token):
         """The slot of a token (an int, or a tensor of them)."""
-        on_ring = self.num_sinks + (token - self.num_sinks) % self.num_recent
+        on_ring = self.num_sinks + (token - self.num_sinks) % (self.length - self.num_sinks)
         if isinstance(token, torch.Tensor):
             return torch.where(token < self.num_sinks, token, on_ring)
         return token if token < self.num_sinks else on_ring

@@ -12,10 +12,11 @@ import torch
 from baselines import Setup, storage_bytes
 from checks import NUM_SINK_TOKENS, NUM_TOKENS, WINDOW_LENGTH, assert_same, difference, random_ids
 from families import TRANSFORMERS, build_model
-from generate import SinkCache
 from oracle import TOLERANCE, oracle_logits
 from packaging.version import Version
 from transformers import DynamicCache
+
+from custom_generate.generate import SinkCache
 
 pytestmark = pytest.mark.skipif(TRANSFORMERS < Version("5.16"), reason="the caches compared with are those of recent releases")
 

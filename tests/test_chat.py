@@ -14,9 +14,10 @@ import chat
 import pytest
 import torch
 from families import TRANSFORMERS
-from generate import SinkCache
 from packaging.version import Version
 from test_readme import CHAT_TEMPLATE
+
+from custom_generate.generate import SinkCache
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate import SinkCache
 from stdlib_text import stdlib_text
+
+from custom_generate.generate import SinkCache
 
 ROOT = Path(__file__).parents[1]
 WINDOW_LENGTH = 128
