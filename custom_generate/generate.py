@@ -329,8 +329,6 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
         `query_length` is a number, or the positions of the queries (before transformers 5).
         """
-        if self.stream is None:
-            self.require_model()
         num_columns = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
         stream, layer = self.stream, self._layer_at(layer_idx)
         if stream.current is not None and not stream.has_begun:
@@ -347,6 +345,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     def _layer_at(self, layer_idx: int) -> SinkLayer:
         """A layer; for a layer without keys the first layer with keys, as in the caches of transformers."""
+        if self.stream is None:
+            self.require_model()
         return self.stream.layers.get(layer_idx) or self.stream.layers[self.stream.first_layer]
 
     @contextlib.contextmanager

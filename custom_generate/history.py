@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .plan import count_tokens
+from .doors import count_tokens
 from .prompt import Prompt
 
 
@@ -126,8 +126,10 @@ class SeenRow:
         overlap = self._overlap(ids) if num_tokens == self.window_length else 0
         if overlap > 0 and (int(ids[0]) != self.unseen or int(ids[overlap]) == self.unseen):
             return num_tokens - overlap
-        is_new = self.unseen is None or int(ids[0]) == self.unseen
-        return num_tokens if is_new and num_tokens <= self.num_seen and not self._begins(ids) else None
+        if self.unseen is not None and int(ids[0]) != self.unseen or num_tokens > self.num_seen:
+            return None
+        is_unseen = num_tokens == 1 and self.unseen is not None
+        return num_tokens if is_unseen or not self._begins(ids) else None
 
     def _begins(self, ids: torch.Tensor) -> bool:
         """Whether the tokens begin as the text does, as far as that is known."""
@@ -157,45 +159,44 @@ class SeenRow:
     def refusal(self, num_tokens: int, ids: torch.Tensor | None, padding_id: int | None) -> ValueError:
         """Of tokens from which it can't be told which of them are new: what is wrong, and what to do."""
         if padding_id is not None:
-            reason = f"The row has padding tokens, and which of them are text was inferred, from pad_token_id={padding_id}. Pass attention_mask."
+            reason = f"Which of its padding tokens are text was inferred, from pad_token_id={padding_id}. Pass attention_mask."
         elif ids is None or self.first is None:
             reason = (
-                f"Without ids to compare, only a text of more than {self.num_seen} tokens can be told from new tokens. Pass the whole "
-                f"text, or the new tokens with an attention_mask for the whole text."
+                f"Without ids to compare, only a text of more than {self.num_seen} tokens can be told from new tokens. Pass the "
+                "whole text, or the new tokens with an attention_mask for the whole text."
             )
         else:
-            reason = self._difference(ids) if num_tokens > self.num_seen else self._what_is_short(ids)
+            reason = self._mistake(ids)
         return ValueError(
-            f"Can't tell which of the {num_tokens} tokens passed for row {self.row} are new: they do not continue the {self.num_seen} that "
-            f"the cache has seen. {reason}"
+            f"Can't tell which of the {num_tokens} tokens passed for row {self.row} are new: they do not continue the "
+            f"{self.num_seen} that the cache has seen. {reason}"
         )
 
-    def _difference(self, ids: torch.Tensor) -> str:
-        """Of more tokens than were seen."""
-        if int(ids[0]) == self.unseen and not self._begins(ids):
+    def _mistake(self, ids: torch.Tensor) -> str:
+        is_longer, begins = len(ids) > self.num_seen, self._begins(ids)
+        if int(ids[0]) == self.unseen and is_longer != begins:
             return "They begin with the last one that was returned. If all are new, pass an attention_mask for the whole text."
-        num_seen, num_recent = self.num_seen, len(self.recent)
-        first = self.first[: num_seen - num_recent]
-        seen = torch.cat([first, self.recent])
-        where = torch.cat([torch.arange(len(first)), torch.arange(num_seen - num_recent, num_seen)])
-        index = int((ids[where] != seen).nonzero()[0])
-        at, was_seen = int(where[index]), int(seen[index])
-        reason = f"The first difference is at token {at}: {int(ids[at])} is passed, {was_seen} was seen. "
-        if at == 0:
-            return f"{reason}For another text, pass a new cache."
-        if self.unseen == was_seen and bool((seen[index:] == was_seen).all()):
-            return f"{reason}If this row ended before others, that is the padding behind its end, and it needs a new cache."
-        return f"{reason}If the text was decoded and tokenized again, keep the ids: torch.cat([sequences, new_ids], 1)."
-
-    def _what_is_short(self, ids: torch.Tensor) -> str:
-        """Of not more tokens than were seen."""
-        if self._begins(ids):
-            if int(ids[0]) == self.unseen:
-                return "They begin as the text does, and with the last one that was returned. Pass an attention_mask for the whole text."
-            return "They begin as the text does, and are not longer. Pass the whole text, with the tokens that were returned."
+        if is_longer or begins:
+            return self._difference(ids)
         if self._overlap(ids) > 1:
             return f"They begin within the text. Of its end, pass the last {self.window_length} tokens (no more, no less)."
         return (
             f"New tokens have to begin with the last one that was returned, {self.unseen}, which the cache has not seen. Pass "
             "sequences[:, cache.get_seq_length():] and then the new ids."
         )
+
+    def _difference(self, ids: torch.Tensor) -> str:
+        """Of a whole text that is another one, or too short."""
+        num_seen, num_recent = self.num_seen, len(self.recent)
+        first = self.first[: num_seen - num_recent]
+        seen = dict(enumerate(first.tolist())) | dict(enumerate(self.recent.tolist(), start=num_seen - num_recent))
+        differences = [at for at, token in seen.items() if at < len(ids) and ids[at] != token]
+        if not differences:
+            return "They are not longer than what it has seen. Pass the whole text, with the tokens that were returned."
+        at = differences[0]
+        reason = f"The first difference is at token {at}: {int(ids[at])} is passed, {seen[at]} was seen. "
+        if at == 0:
+            return f"{reason}For another text, pass a new cache."
+        if {token for place, token in seen.items() if place >= at} == {self.unseen}:
+            return f"{reason}If this row ended before others, that is the padding behind its end, and it needs a new cache."
+        return f"{reason}If the text was decoded and tokenized again, keep the ids: torch.cat([sequences, new_ids], 1)."

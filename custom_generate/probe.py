@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
+from transformers.utils import logging
 
+from .models import check_is_decoder, check_mode, find_max_positions, inverse_frequencies, limits_time_steps
 from .releases import (
     FULL_ATTENTION,
+    OUT_OF_MEMORY,
     SLIDING_ATTENTION,
     DummyLayer,
     IndexedLayer,
@@ -19,7 +22,6 @@ from .releases import (
     NotingCache,
     cache_name,
     input_device,
-    is_autocast_enabled,
     makes_masks_itself,
     named_states,
     own_cache,
@@ -28,12 +30,14 @@ from .releases import (
 )
 from .rotation import Rotation, candidate_rotations
 
+logger = logging.get_logger(__name__)
+
 
 @dataclass(frozen=True)
 class LayerTraits:
     """What the cache has to know of one attention layer. Pairs are for what the layer caches: keys and values.
 
-    (Most models rotate keys. Those with latent attention cache a latent as their keys, and the rotated part as their values.)
+    (Most models rotate keys. Models with latent attention cache a latent as their keys, and the rotated part as their values.)
 
     Attributes:
         native_window: the layer's own sliding window, None for full attention.
@@ -54,13 +58,15 @@ class ModelTraits:
 
     Attributes:
         layers: None for a layer without keys of its own: a recurrent or convolutional state, or another layer's keys.
-        rebase_at: the position at which held keys are turned back.
-        max_positions: positions from here on are not computed as those below. None: there is no such limit.
+        rebase_at: when positions reach this, all are lowered and keys re-rotated once.
+        max_positions: first position that the model can't encode exactly (None: unlimited).
         is_ordered: scores depend on the order in which keys are handed out (ALiBi), and keys do not depend on positions.
-        recurrent_states: those of each layer that has any, by their names: recurrent or convolutional ones, with no rows.
-        noted_layers: those of them that say when a pass has reached them (`NotesRecurrentLayers`).
+        recurrent_states: the recurrent and convolutional states of each layer that has any, by their names, with no rows.
+        noted_layers: layers with such states that a pass can be seen to reach (`NotesRecurrentLayers`).
+        splits_exactly: logits do not depend on how a text is split into passes. If not, passes of several tokens agree among
+            each other, but not with passes of a single token.
         is_chunked: layers attend within chunks of the text (Llama 4), and the window fits into one.
-        is_indexed: layers choose what they attend to (DeepSeek Sparse Attention), and the window is not more than they may choose.
+        is_indexed: layers choose what they attend to (DeepSeek Sparse Attention), and may choose a whole window.
         layer_types: one name a layer, where the model takes one mask for each type of layer. Else None.
         has_old_masks: `makes_masks_itself`.
     """
@@ -71,6 +77,7 @@ class ModelTraits:
     is_ordered: bool
     recurrent_states: dict[int, dict[str, torch.Tensor]]
     noted_layers: frozenset[int]
+    splits_exactly: bool
     is_chunked: bool
     is_indexed: bool
     layer_types: tuple[str, ...] | None
@@ -87,9 +94,9 @@ class ModelTraits:
         return self.is_chunked or any(layer is not None and layer.native_window is not None for layer in self.layers)
 
 
-# How far keys may be from a rotation that explains them: what rounding does, relative to the length of a pair. In float32 it is that of
-# the angle at the largest position; in 16 bits, the model rounds cosine, sine, both products and their sum. Behind the first layer
-# (second number) scores that were rounded one way or another come on top, where a token can attend to something else than itself.
+# How far keys may be from a rotation that explains them, relative to the length of a pair. In 16 bits, the model rounds cosine, sine,
+# both products and their sum. Behind the first layer (second number) the rounding of scores comes on top, where a token can
+# attend to something else than itself.
 ROTATION_TOLERANCE = {
     torch.float64: (2e-3, 2e-3),
     torch.float32: (2e-3, 2e-3),
@@ -97,12 +104,26 @@ ROTATION_TOLERANCE = {
     torch.bfloat16: (1.5e-2, 0.15),
 }
 
-# The same text at two places may have logits that differ by so much, in standard deviations. Rounding only: deep models add it up.
-LOGITS_TOLERANCE = {torch.float64: 3e-4, torch.float32: 3e-4, torch.float16: 0.3, torch.bfloat16: 1.0}
+# The model's own noise is what rounding does to the logits of a text that is moved by single positions: each position has other
+# angles, and each model amplifies their rounding in its own way. The same text elsewhere may differ from its logits at the first
+# positions by so many standard errors of this noise. Measured, at windows of 16 to 16,384 in float32, bfloat16 and float16: up to 1.7
+# for models that depend on distances only (SmolLM2, Gemma 3, all families, random deep models), from 2.9 on for others.
+MAX_STANDARD_ERRORS = 2.4
+# In standard deviations of the logits: a difference that is too small to matter, and the largest noise, above which the logits of
+# neighbouring positions have so little in common that nothing can be told from them.
+NEGLIGIBLE = {torch.float64: 3e-5, torch.float32: 3e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+MAX_NOISE = {torch.float64: 0.1, torch.float32: 0.1, torch.float16: 0.5, torch.bfloat16: 0.5}
+# Two ways to compute one thing (a recurrence by steps or in chunks) may differ by this, or by a few times the noise.
+SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
-# Held keys are turned back when positions reach twice the window; but in 16 bits, where that costs a rounding, not before here:
+# Number of neighbouring positions at which a text is shown, at the beginning and at the largest positions.
+NUM_NEIGHBOURS = 6
+# Tokens of a text of which keys are compared, and of one that is split into passes.
+NUM_COMPARED, NUM_SPLIT = 3, 8
+
+# Held keys are rotated back when positions reach twice the window; but in 16 bits, where that costs a rounding, not before here:
 # the float32 angles of such positions are still many times finer than the cosines of the model.
-MIN_TURN_IN_16_BITS = 2**14
+MIN_REBASE_IN_16_BITS = 2**14
 
 # From somewhere here on, what float32 makes of the angles of two positions may depend on where these are.
 LONGEST_USUAL_WINDOW = 2**15
@@ -110,21 +131,60 @@ LONGEST_USUAL_WINDOW = 2**15
 # float32 holds every whole number up to here. What a model computes from larger positions is not what they say.
 MAX_EXACT_POSITION = 2**24
 
+# In place of the length of a native window.
+NO_KEYS = "no keys"
+# The type of layers that attend within chunks of the text.
+CHUNKED = "chunked_attention"
+# The names under which models with recurrent layers look for the masks of layers that see all, of layers with a native window, and
+# of layers that have to know only what is padding.
+FULL_MASKS, SLIDING_MASKS, PADDING_MASKS = (
+    ("full_attention", "hybrid"),
+    ("sliding_attention", "hybrid_sliding"),
+    ("linear_attention", "conv"),
+)
+
+# The rules that a model may stand against, as refusals name them.
+EXACT = "the sinks are moved as the model itself encodes their new positions"
+SHIFT = "logits do not depend on how many tokens have gone by"
+FEEDING = "logits do not depend on how a text is fed"
+BOUNDED = "every layer holds at most window_length tokens, in this cache"
+CAUSAL = "a token sees no later ones"
+
 # What was found out, so that a model is asked once for each window length.
 _known_traits: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
 
 
 def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
-    """Finds out what the cache has to know of a model, by one forward pass over 36 tokens (45 in 16 bits) the first time.
+    """Finds out what the cache has to know of a model, the first time by one forward pass over 234 tokens.
 
     Raises:
         ValueError: the rules can't be kept for this model. The message says what stands in the way.
     """
+    check_mode(model)
     known = _known_traits.setdefault(model, {})
     key = window_length, model.dtype, model.device
     if key not in known:
-        known[key] = _find_model_traits(uncompiled_copy(model), window_length)
+        traits = _find_model_traits(uncompiled_copy(model), window_length)
+        _warn(model, window_length, traits, known)
+        known[key] = traits
     return known[key]
+
+
+def _warn(model: torch.nn.Module, window_length: int, traits: ModelTraits, known: dict) -> None:
+    """Say once for each model what its user should know. `known`: the traits found before."""
+    name = type(model).__name__
+    trained_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or window_length
+    if window_length > trained_length and all(length <= trained_length for length, *_ in known):
+        logger.warning(
+            f"window_length={window_length} is longer than the {trained_length} positions that {name} was trained with "
+            "(max_position_embeddings): it may write nonsense once it sees more tokens than that. A shorter window would not."
+        )
+    if not traits.splits_exactly and not known:
+        logger.warning(
+            f"{name} computes a pass of several tokens in another way than passes of single tokens: its recurrent layers limit "
+            "their time steps in the former only (time_step_limit or time_step_min), or round them otherwise. So its logits depend on "
+            "how a text is fed. SinkCache feeds it as transformers' own generate does: the prompt together, new tokens one by one."
+        )
 
 
 @torch.no_grad()
@@ -134,16 +194,10 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     probe.check_that_no_token_sees_later_ones()
     probe.check_that_logits_depend_on_distances_only()
     has_rotation = any(not rotation.is_identity for layer in layers if layer for rotation in layer.rotations)
-    noted_layers = probe.check_that_texts_can_be_split() if probe.is_recurrent else frozenset()
+    noted_layers, splits_exactly = probe.check_that_texts_can_be_split() if probe.is_recurrent else (frozenset(), True)
     if probe.is_recurrent and not has_rotation:
         probe.check_that_order_does_not_count()
-    probe.check_length("keep_window_size", "from there on it chooses among its keys")  # Doge
-    if not has_rotation:
-        probe.check_length("max_seq_len", "its position biases end there")  # MPT
-    if probe.is_chunked:
-        probe.check_length("attention_chunk_size", "its layers attend within chunks of that length")
-    if probe.is_indexed:
-        probe.check_length("index_topk", "from there on its layers choose among their keys")
+    probe.check_lengths(has_rotation)
     return ModelTraits(
         layers=layers,
         rebase_at=probe.rebase_at,
@@ -151,6 +205,7 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
         is_ordered=not has_rotation and not probe.is_recurrent,
         recurrent_states=probe.recurrent_states(),
         noted_layers=noted_layers,
+        splits_exactly=splits_exactly,
         is_chunked=probe.is_chunked,
         is_indexed=probe.is_indexed,
         layer_types=probe.layer_types if probe.takes_masks_by_type else None,
@@ -161,10 +216,9 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
 class Probe:
     """A model that is asked how it treats positions.
 
-    It is shown texts of three tokens, a a b, each at several positions. The first token sees only itself, the second itself and its
-    copy: they go through all layers alike wherever they stand and whatever the third is, so that their keys differ by what the
-    model does to positions, and by nothing else. The third has to choose what to attend to, and must choose alike wherever the
-    text stands.
+    It is shown texts a a b, each at several positions. The first token sees only itself, the second itself and its copy: they go
+    through all layers alike wherever they stand and whatever the third is, so that their keys differ by what the model does to
+    positions, and by nothing else. The third has to choose what to attend to, and must choose alike wherever the text stands.
 
     Raises:
         ValueError: from every method, when the answer is that the rules can't be kept.
@@ -173,59 +227,81 @@ class Probe:
     def __init__(self, model: torch.nn.Module, window_length: int):
         self.model, self.name, self.window_length = model, type(model).__name__, window_length
         check_is_decoder(model)
-        self.device = input_device(model)
+        self.device, self.dtype = input_device(model), model.dtype
         self.config = model.config.get_text_config(decoder=True)
-        self.has_old_masks = makes_masks_itself(model)
-        if self.has_old_masks and getattr(self.config, "attention_chunk_size", None):
-            raise self._refusal("its layers with chunked attention take no masks. With transformers 4.53 or newer they do")
+        self.accepted = inspect.signature(model.forward).parameters
         self.layer_types = tuple(getattr(self.config, "layer_types", None) or ()) or None
         self.is_chunked = CHUNKED in (self.layer_types or ())
-        if self.has_old_masks and any(getattr(module, "is_sliding", False) for module in model.modules()):
-            raise self._refusal("its layers change the mask they are given. With transformers 4.53 or newer they don't")
-        if any(hasattr(module, "_cached_keys") for module in model.modules()):  # GLM MoE DSA, until 5.10
-            raise self._refusal(
-                "its layers hold keys of their own outside of the cache. With transformers 5.11 or newer they don't"
-            )
-        self.accepted = inspect.signature(model.forward).parameters
+        self.has_old_masks = makes_masks_itself(model)
+        self._check_old_models()
         self.max_positions = find_max_positions(model, self.config) if "position_ids" in self.accepted else None
-        if self.max_positions is not None and 2 * window_length > self.max_positions:
+        self.rebase_at = self._rebase_at()
+        with self._looking():
+            own = own_layers(self.config)
+        self.native_windows = [self._native_window(index, layer) for index, layer in enumerate(own)]
+        self.is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in own)
+        self.is_indexed = any(isinstance(layer, IndexedLayer) for layer in own)
+        # Indexers take one mask for all layers, and none by type, before 5.14.
+        self.takes_one_mask = self.is_indexed and len(set(self.layer_types or ())) <= 1
+        self.takes_masks_by_type = not (self.has_old_masks or self.takes_one_mask)
+        self.positions = self._positions()
+        # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
+        needs_own = self.is_recurrent or self.is_indexed or any(isinstance(layer, DummyLayer) for layer in own)
+        with self._looking():
+            self.texts = self._texts()
+            self.cache = own_cache(self.config) if needs_own else DynamicCache()
+            self.logits = self._ask(self.cache, slice(0, NUM_COMPARED), self._mask())
+
+    def _check_old_models(self) -> None:
+        if self.has_old_masks and any(getattr(module, "is_sliding", False) for module in self.model.modules()):
+            raise self._refusal("its layers change the mask they are given. In newer releases of transformers they don't", BOUNDED)
+        if any(hasattr(module, "_cached_keys") for module in self.model.modules()):  # GLM MoE DSA, until 5.10
+            reason = "its layers hold keys of their own outside of the cache. With transformers 5.11 or newer they don't"
+            raise self._refusal(reason, BOUNDED)
+
+    def _rebase_at(self) -> int:
+        if 2 * self.window_length > MAX_EXACT_POSITION:
+            reason = f"it can't tell positions up to {2 * self.window_length} apart, which such a window needs: try a shorter one"
+            raise self._refusal(reason, SHIFT)
+        if self.max_positions is not None and 2 * self.window_length > self.max_positions:
             raise ValueError(
-                f"window_length={window_length} is too long for {self.name}: what it computes of positions changes or ends at position "
-                f"{self.max_positions}, and the cache needs positions up to twice the window. Use a window_length of at most "
+                f"window_length={self.window_length} is too long for {self.name}: what it computes of positions changes or ends at "
+                f"position {self.max_positions}, and the cache needs positions up to twice the window. Use a window_length of at most "
                 f"{self.max_positions // 2}."
             )
-        rebase_at = max(2 * window_length, MIN_TURN_IN_16_BITS if model.dtype.itemsize == 2 else 0)
-        self.rebase_at = min(rebase_at, self.max_positions or rebase_at)
-        with self._looking():
-            layers = own_layers(self.config)
-        self.native_windows = [self._native_window(index, layer) for index, layer in enumerate(layers)]
-        self.is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
-        self.is_indexed = any(isinstance(layer, IndexedLayer) for layer in layers)
-        # Indexers take one mask for all layers, and none by type, before 5.14.
-        takes_one_mask = self.is_indexed and len(set(self.layer_types or ())) <= 1
-        self.takes_masks_by_type = not (self.has_old_masks or takes_one_mask)
+        rebase_at = max(2 * self.window_length, MIN_REBASE_IN_16_BITS if self.dtype.itemsize == 2 else 0)
+        return min(rebase_at, self.max_positions or rebase_at)
 
-        self.positions = torch.tensor(sorted({0, 1, window_length, 2 * window_length - 3, self.rebase_at - 3} - {-1}))
-        with self._looking():
-            embeddings = model.get_input_embeddings()
-            # ZeRO-3 leaves a weight of no rows.
-            vocab_size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
-            a, b = vocab_size // 3, 2 * vocab_size // 3
-            self.texts = torch.tensor([[a, a, b], [b, b, a], [a, a, (a + b) // 2]])
-            # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
-            needs_own = self.is_recurrent or self.is_indexed or any(isinstance(layer, DummyLayer) for layer in layers)
-            self.cache = own_cache(self.config) if needs_own else DynamicCache()
-            # Without one, they take the position of a query for its slot, before 5.17.
-            mask = torch.full((1, 1, 3, 3), torch.finfo(model.dtype).min, dtype=model.dtype).triu(1) if takes_one_mask else None
-            self.logits = self._ask(self.cache, slice(0, 3), mask)
+    def _positions(self) -> torch.Tensor:
+        """Where texts begin: at the first positions, behind a window, and so that they end at the largest positions."""
+        length = NUM_SPLIT if self.is_recurrent else NUM_COMPARED
+        end = min(max(self.rebase_at, 2 * NUM_NEIGHBOURS + length), self.max_positions or MAX_EXACT_POSITION)
+        last = max(end - length, 0)
+        far = range(last - NUM_NEIGHBOURS + 1, last + 1)
+        return torch.tensor([*range(NUM_NEIGHBOURS), self.window_length, *far]).clamp(0, last)
+
+    def _texts(self) -> torch.Tensor:
+        """Six texts `[texts, tokens]`, of tokens from all over the vocabulary."""
+        embeddings = self.model.get_input_embeddings()
+        vocab_size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]  # ZeRO-3 leaves a weight of no rows
+        starts = torch.tensor([[3, 3, 6], [6, 6, 3], [3, 3, 5], [2, 2, 7], [1, 1, 4], [7, 7, 1]]) * vocab_size // 9
+        rest = torch.arange(6)[:, None] * 5 + torch.arange(NUM_SPLIT - NUM_COMPARED) * 7 + 2
+        return torch.cat([starts, rest * vocab_size // 61], dim=1)
+
+    def _mask(self) -> torch.Tensor | None:
+        """Without one, models with indexers take the position of a query for its slot, before 5.17."""
+        if not self.takes_one_mask:
+            return None
+        shape = 1, 1, NUM_COMPARED, NUM_COMPARED
+        return torch.full(shape, torch.finfo(self.dtype).min, dtype=self.dtype).triu(1)
 
     def layers(self) -> tuple[LayerTraits | None, ...]:
         """What there is to know of each layer: how its keys move, and its shapes."""
         cached = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in self.cache.layers]
         holds_keys = [window != NO_KEYS for window in self.native_windows]
         if not any(holds_keys) or len(cached) != len(holds_keys) or any(c[0] is None for c, h in zip(cached, holds_keys) if h):
-            raise self._refusal("attention layers do not put their keys and values into its cache")
-        tables = _inverse_frequencies(self.model, self.config)
+            raise self._refusal("attention layers do not put their keys and values into its cache", BOUNDED)
+        tables = inverse_frequencies(self.model, self.config)
         traits = []
         for index, (states, native_window) in enumerate(zip(cached, self.native_windows)):
             if native_window == NO_KEYS:
@@ -234,7 +310,7 @@ class Probe:
             keys, values = states
             if keys.dtype != values.dtype:
                 dtypes = f"keys in {keys.dtype} and values in {values.dtype}"
-                raise self._refusal(f"it has {dtypes} (under autocast?). Put it into one dtype, model.to(dtype)")
+                raise self._refusal(f"it has {dtypes} (under autocast?). Put it into one dtype, model.to(dtype)", BOUNDED)
             rotations = tuple(self._rotation(index, each.cpu(), tables).to(each.device) for each in states)
             shapes = tuple((each.shape[1], each.shape[3]) for each in states)
             traits.append(LayerTraits(native_window, rotations, shapes, keys.dtype, keys.device))
@@ -249,32 +325,44 @@ class Probe:
         }
 
     def check_that_no_token_sees_later_ones(self) -> None:
-        """The first and the last text begin alike."""
+        """Texts 0 and 2 differ only in their third token; if earlier keys differ, the model is not causal."""
         layers = [layer for layer, window in zip(self.cache.layers, self.native_windows) if window != NO_KEYS]
         for states in (layers[-1].keys, layers[-1].values):
             _, tolerance = ROTATION_TOLERANCE[states.dtype]
             states = self._by_position(states[:, :, :2]).float()
-            difference = self._worst((states[0] - states[-1]).flatten(1).abs().amax(1))
-            if difference > tolerance * states.std():
-                raise self._refusal("a token sees others that come after it")
+            differences = (states[0] - states[2]).flatten(1).abs().amax(1)
+            if differences.median() > tolerance * states.std():
+                raise self._refusal("a token sees others that come after it", CAUSAL)
 
     def check_that_logits_depend_on_distances_only(self) -> None:
-        logits = self.logits[:, -1]
-        at_first_position = self._by_position(logits)[:, :1].expand(-1, len(self.positions), -1).flatten(0, 1)
-        self._compare(logits, at_first_position, 1, "its logits depend on where a text stands, not only on distances")
+        """The same text at large positions has the logits that it has at small ones, but for the model's own noise."""
+        logits = self._by_position(self.logits[:, -1]).float()
+        difference = (logits[:, -NUM_NEIGHBOURS:].mean(1) - logits[:, :NUM_NEIGHBOURS].mean(1)).square().mean(-1).sqrt()
+        noise, scale = self._noise(), logits.std()
+        standard_error = noise * (2 / NUM_NEIGHBOURS) ** 0.5
+        if median(difference) <= NEGLIGIBLE[self.dtype] * scale:
+            return
+        is_noise = median(difference / standard_error) <= MAX_STANDARD_ERRORS and median(noise) <= MAX_NOISE[self.dtype] * scale
+        if not is_noise:
+            raise self._refusal("its logits depend on where a text stands, not only on distances", SHIFT)
 
-    def check_that_texts_can_be_split(self) -> frozenset[int]:
-        """Returns the recurrent layers that say of themselves that a pass has reached them."""
+    def check_that_texts_can_be_split(self) -> tuple[frozenset[int], bool]:
+        """Returns the recurrent layers that can be seen to be reached by a pass, and whether single tokens are computed as several are."""
         cache = own_cache(self.config, NotingCache)
         try:
             self._ask(cache, slice(0, 1), dict.fromkeys((*FULL_MASKS, *SLIDING_MASKS, *PADDING_MASKS)))
         except Exception as error:
-            raise self._refusal("this release takes no masks for its recurrent and other layers: try a newer one") from error
+            raise self._refusal("this release takes no masks for its recurrent and other layers: try a newer one", FEEDING) from error
         noted, cache.layers_reached = cache.layers_reached, set()
-        logits = self._ask(cache, slice(1, 3))
-        reason = "its logits depend on how a text is split into passes: its recurrent layers forget their state in a pass of several tokens"
-        self._compare(logits[:, -1], self.logits[:, -1], 10, reason)  # 10: the two ways of a recurrence round differently
-        return frozenset(noted & cache.layers_reached - {None})
+        self._ask(cache, slice(1, 3))
+        noted = frozenset(noted & cache.layers_reached)
+        whole = self._split_into(NUM_SPLIT)
+        if self._differ(self._split_into(NUM_SPLIT // 2, NUM_SPLIT // 2), whole):
+            reason = "its logits depend on how a text is split into passes: its recurrent layers forget their state in a pass of several tokens"
+            raise self._refusal(reason, FEEDING)
+        # Single tokens after a pass, and a pass after single tokens. Steps that are limited may differ by less than rounding here.
+        differ = self._differ(self._split_into(2, 1, 1, 1, 1, 2), whole)
+        return noted, not (differ or limits_time_steps(self.model))
 
     def check_that_order_does_not_count(self) -> None:
         """One token more, on the keys as they are and in reverse."""
@@ -282,21 +370,29 @@ class Probe:
         for layer, native_window in zip(flipped.layers, self.native_windows):
             if native_window != NO_KEYS:
                 layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
-        logits = self._ask(self.cache, slice(2, 3))[:, -1]
-        self._compare(
-            self._ask(flipped, slice(2, 3))[:, -1], logits, 1, "its scores depend on the order in which keys are cached"
-        )
+        last = slice(NUM_COMPARED - 1, NUM_COMPARED)
+        if self._differ(self._ask(flipped, last)[:, -1], self._ask(self.cache, last)[:, -1]):
+            raise self._refusal("its scores depend on the order in which keys are cached", FEEDING)
 
-    def check_length(self, option: str, reason: str) -> None:
-        length = getattr(self.config, option, None)
-        if length is not None and self.window_length > length:
-            raise ValueError(f"window_length={self.window_length} is too long for {self.name} ({option}={length}): {reason}.")
+    def check_lengths(self, has_rotation: bool) -> None:
+        """Refuse a window that is longer than what the model computes alike."""
+        limits = {"keep_window_size": "from there on it chooses among its keys"}  # Doge
+        if not has_rotation:
+            limits["max_seq_len"] = "its position biases end there"  # MPT
+        if self.is_chunked:
+            limits["attention_chunk_size"] = "its layers attend within chunks of that length"
+        if self.is_indexed:
+            limits["index_topk"] = "from there on its layers choose among their keys"
+        for option, reason in limits.items():
+            length = getattr(self.config, option, None)
+            if length is not None and self.window_length > length:
+                raise ValueError(f"window_length={self.window_length} is too long for {self.name} ({option}={length}): {reason}.")
 
     def _ask(self, cache: DynamicCache, columns: slice, masks: dict | torch.Tensor | None = None) -> torch.Tensor:
         """Logits `[texts * positions, 1 or columns, vocab]` of these columns of the texts, which go into the cache."""
         inputs = {
             "input_ids": self.texts.repeat_interleave(len(self.positions), dim=0)[:, columns],
-            "position_ids": (self.positions.repeat(len(self.texts))[:, None] + torch.arange(3))[:, columns],
+            "position_ids": (self.positions.repeat(len(self.texts))[:, None] + torch.arange(NUM_SPLIT))[:, columns],
             cache_name(self.accepted): cache,
             "attention_mask": masks,
             "use_cache": True,
@@ -305,22 +401,29 @@ class Probe:
         inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         return self.model(**{name: value for name, value in inputs.items() if name in self.accepted}).logits
 
+    def _split_into(self, *sizes: int) -> torch.Tensor:
+        """Logits `[texts * positions, vocab]` of the last token of the texts, fed in passes of these sizes."""
+        cache, start = own_cache(self.config), 0
+        for size in sizes:
+            logits = self._ask(cache, slice(start, start + size))
+            start += size
+        return logits[:, -1]
+
     def _by_position(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(0, (len(self.texts), len(self.positions)))
 
-    def _compare(self, logits: torch.Tensor, reference: torch.Tensor, slack: float, reason: str) -> None:
-        """Refuse if logits `[texts * positions, vocab]` differ."""
-        difference = self._worst(self._by_position((logits - reference).float().abs()).amax((1, 2)))
-        if difference > slack * LOGITS_TOLERANCE[self.model.dtype] * reference.float().std():
-            raise self._refusal(reason)
+    def _noise(self) -> torch.Tensor:
+        """The standard deviation of the logits of each text at neighbouring large positions."""
+        return self._by_position(self.logits[:, -1]).float()[:, -NUM_NEIGHBOURS:].var(1).mean(-1).sqrt()
 
-    def _worst(self, differences: torch.Tensor) -> torch.Tensor:
-        """The largest; but in 16 bits, where rounding may send a token to another expert, what all of them come to."""
-        return differences.min() if self.model.dtype.itemsize == 2 else differences.max()
+    def _differ(self, logits: torch.Tensor, reference: torch.Tensor) -> bool:
+        """Whether logits `[texts * positions, vocab]`, computed in two ways, differ by more than rounding."""
+        difference = self._by_position((logits - reference).float()).mean(1).square().mean(-1).sqrt()
+        return median(difference) > max(SAME[self.dtype] * reference.float().std(), 5 * median(self._noise()))
 
     def _rotation(self, index: int, states: torch.Tensor, tables: list[torch.Tensor]) -> Rotation:
         """The rotation that explains the states `[texts * positions, heads, 3, head_dim]` of a layer."""
-        if states.shape[0] == len(self.texts) * len(self.positions) and states.shape[2] <= 3:
+        if states.shape[0] == len(self.texts) * len(self.positions) and states.shape[2] <= NUM_COMPARED:
             tolerance, deep_tolerance = ROTATION_TOLERANCE[states.dtype]
             first, best = self._by_position(states[:, :, 0]), (float("inf"), None)
             for rotation in candidate_rotations(states.shape[3], tables):
@@ -328,18 +431,14 @@ class Probe:
                 if best[0] <= tolerance:
                     break
             misfit, rotation = best
-            # In the first layer the copy must be as the original, moved by one, or the model counts positions by itself.
-            is_first = index == 0 and not self.is_recurrent
+            # In layer 0 the second `a` must be the first one rotated by one position, else `position_ids` are ignored.
             step = torch.arange(2) if "position_ids" in self.accepted else torch.zeros(2)
-            if is_first and misfit <= tolerance:
+            if index == 0 and not self.is_recurrent and misfit <= tolerance:
                 misfit = rotation.misfit(states[:, :, :2].transpose(1, 2), step)
             if misfit <= (tolerance if index == 0 else deep_tolerance):
                 return rotation
-        raise self._refusal(
-            f"no known rotation explains how the keys of layer {index} change with their position. It has absolute or learned position "
-            "embeddings, or a rotation of its own"
-            + (". It is in training mode: if it has dropout, call `model.eval()` first" if self.model.training else "")
-        )
+        reason = f"no known rotation explains how the keys of layer {index} change with their position"
+        raise self._refusal(f"{reason}. It has absolute or learned position embeddings, or a rotation of its own", EXACT)
 
     def _native_window(self, index: int, layer) -> int | str | None:
         """The sliding window of a layer of the model's own cache: None for full attention, `NO_KEYS` for a layer without keys."""
@@ -351,84 +450,28 @@ class Probe:
             return None
         if type(layer) in (LinearAttentionLayer, DummyLayer):
             return NO_KEYS
-        raise self._refusal(f"layer {index} keeps another kind of state ({type(layer).__name__})")
+        raise self._refusal(f"layer {index} keeps another kind of state ({type(layer).__name__})", BOUNDED)
 
     @contextlib.contextmanager
     def _looking(self):
-        """Whatever goes wrong in a first look at a model is a reason to refuse it."""
+        """Whatever goes wrong in a first look at a model is a reason to refuse it; but not that memory is short."""
         try:
             yield
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:
-            raise self._refusal(f"a first look at how it caches keys failed ({type(error).__name__}: {error})") from error
+            if "can't allocate memory" in str(error):  # torch says it of a CPU in a RuntimeError
+                raise
+            reason = f"a first look at how it caches keys failed ({type(error).__name__}: {error})"
+            raise self._refusal(reason, BOUNDED) from error
 
-    def _refusal(self, reason: str) -> ValueError:
-        if self.window_length > LONGEST_USUAL_WINDOW:
+    def _refusal(self, reason: str, rule: str) -> ValueError:
+        if self.window_length > LONGEST_USUAL_WINDOW and "try a shorter one" not in reason:
             reason += f" (Or it can't tell positions up to {2 * self.window_length} apart, which such a window needs: try a shorter one)"
-        return ValueError(f"SinkCache can't keep its rules for {self.name} with window_length={self.window_length}: {reason}.")
+        opening = f"SinkCache can't keep its rules for {self.name} with window_length={self.window_length}"
+        return ValueError(f"{opening}: {reason}. The rule that this would break: {rule}.")
 
 
-def check_is_decoder(model: torch.nn.Module) -> None:
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"SinkCache serves decoder-only models, and {type(model).__name__} is an encoder-decoder model.")
-
-
-# In place of the length of a native window.
-NO_KEYS = "no keys"
-# The type of layers that attend within chunks of the text.
-CHUNKED = "chunked_attention"
-# Under which names models with recurrent layers look for the masks of those that see all, of those with a native window, and of those
-# that have to know only what is padding.
-FULL_MASKS, SLIDING_MASKS, PADDING_MASKS = (
-    ("full_attention", "hybrid"),
-    ("sliding_attention", "hybrid_sliding"),
-    ("linear_attention", "conv"),
-)
-
-
-def _inverse_frequencies(model: torch.nn.Module, config) -> list[torch.Tensor]:
-    """The tables of rotary frequencies that the model holds, each once, float32 on the CPU."""
-    tables: list[torch.Tensor] = []
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and "original" not in name:
-            table = buffer.float().cpu()
-            if not any(torch.equal(table, other) for other in tables):
-                tables.append(table)
-    if not tables and getattr(config, "rotary_dim", None):  # GPT-J, CodeGen: they hold sines and cosines instead
-        tables.append(10000.0 ** -(torch.arange(0, config.rotary_dim, 2) / config.rotary_dim))
-    return tables
-
-
-def find_max_positions(model: torch.nn.Module, config) -> int | None:
-    """The position from which on the model computes positions in another way or not at all, None if there is none."""
-    limits = []
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}  # since 5.0; before
-    places = [parameters, *(each for each in parameters.values() if isinstance(each, dict)), vars(config)]
-    originals = [each["original_max_position_embeddings"] for each in places if "original_max_position_embeddings" in each]
-    for module in model.modules():
-        rope_types = getattr(module, "rope_type", None) or ()
-        rope_types = rope_types.values() if isinstance(rope_types, dict) else [rope_types]
-        if any("dynamic" in rope_type for rope_type in rope_types):
-            limits.append(module.original_max_seq_len)
-        if any(rope_type == "longrope" for rope_type in rope_types):
-            limits += originals
-    if parameters.get("llama_4_scaling_beta"):  # Ministral 3: queries are scaled from there on
-        limits += originals
-    if getattr(config, "attn_temperature_tuning", False):  # Llama 4, likewise
-        limits.append(config.floor_scale - 1)
-    if not any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
-        limits.append(getattr(config, "max_position_embeddings", None))  # tables of that length
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def check_mode(model: torch.nn.Module) -> None:
-    if model.training and model.is_gradient_checkpointing:
-        raise ValueError(
-            "The model is in training mode with gradient checkpointing, where its layers pass by the cache. Call model.eval() first "
-            "(or model.gradient_checkpointing_disable())."
-        )
-    device = input_device(model).type
-    if is_autocast_enabled(device):
-        raise ValueError(
-            "SinkCache can't be used under autocast: a model then computes its keys in one dtype and its values in another. Leave "
-            f"autocast, with torch.autocast({device!r}, enabled=False), or put the model into one dtype, model.to(dtype)."
-        )
+def median(values: torch.Tensor) -> float:
+    """Over the texts: in 16 bits, rounding may send a token of one text to another expert, which says nothing of positions."""
+    return values.float().quantile(0.5).item()

@@ -188,12 +188,9 @@ class QuantizedPlan(Plan):
         super().__init__(*how)
         self.quantization, self.num_whole = quantization, quantization.min_recent
         self.block_length, self.max_blocks = quantization.q_group_size, quantization.max_blocks(self.window)
-
-    @property
-    def can_be_undone(self) -> bool:
-        """Not if tokens that the pass brings are no longer whole after it: they might have to be whole again."""
+        # Not if tokens that the pass brings are no longer whole after it: they might have to be whole again.
         is_short = self.num_columns <= self.num_whole or max(self.current.num_after) <= self.window.num_sinks + self.num_whole
-        return super().can_be_undone and is_short
+        self.can_be_undone = self.can_be_undone and is_short
 
     @property
     def num_blocks(self) -> int:

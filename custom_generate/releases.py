@@ -7,9 +7,11 @@ to methods of a cache in one form or another (`update`, `get_mask_sizes`, `crop`
 import inspect
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, cache_utils
 
-if "config" not in inspect.signature(DynamicCache.__init__).parameters:
+if Version(transformers.__version__) < Version("4.57"):
     raise ImportError(
         "sink_cache needs transformers 4.57 or newer: pip install -U transformers. With 4.52 to 4.56, pass "
         'revision="v1" to `generate`, which loads the last version that they can use.'
@@ -23,6 +25,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 if "cache" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
     CACHE_NAMES = CACHE_NAMES[::-1]
 CACHE_NAME = CACHE_NAMES[0]
+# What is raised where memory is short; torch's own has moved to the top in 2.5.
+OUT_OF_MEMORY = MemoryError, getattr(torch, "OutOfMemoryError", None) or torch.cuda.OutOfMemoryError
 
 
 def cache_name(accepted) -> str:

@@ -119,7 +119,7 @@ class Saved:
             for name, view in views.items():
                 view.copy_(self._take(name, view))
             for sinks in stream.groups:
-                sinks.restored()
+                sinks.are_new = True
         if self.tensors:
             raise self.refusal(f"it has {min(self.tensors)}, and this model has nothing of that kind")
         return unseen

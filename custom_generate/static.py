@@ -97,11 +97,15 @@ class StaticSinks(Sinks):
 
     turn: torch.Tensor | None = None
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [*super().tensors, *([] if self.turn is None else [self.turn])]
+
     def begin(self, plan: Plan | Cursor) -> None:
         if isinstance(plan, Plan):
             super().begin(plan)
             return
-        if self.are_new or self.pristine is None or self.pristine.shape[2] != len(plan.rows):
+        if self.are_new:
             self.keep()
         self.are_new = plan.writes_sinks
         cos_sin = self.cos_sin_at(plan.shifts).expand(-1, len(plan.rows), -1, -1, -1)
@@ -115,21 +119,17 @@ class StaticSinks(Sinks):
         """The sinks of one ring, where the query of this pass needs them: float32."""
         return rotate(self.pristine[:, number], self.turn)
 
-    def keep(self) -> None:
-        before = self.pristine
-        super().keep()
-        if self.pristine is not before:
-            keep_in_place(self.pristine)
-
     def move(self, shifts: list[int]) -> None:
         """Always: an interrupted pass over one token may have moved the sinks of some layers."""
-        self.moved_by = None if self.pristine is not None else self.moved_by
+        self.moved_by = [-1] if any(self.moved_by) else self.moved_by
         super().move(shifts)
 
-    def clear(self) -> None:
-        pristine = getattr(self, "pristine", None)
-        super().clear()
-        self.pristine = pristine  # in its place
+    def allocate(self, batch_size: int) -> None:
+        if self.pristine is not None and batch_size in (0, self.pristine.shape[2]):
+            self.forget()  # the memory stays
+        else:
+            super().allocate(batch_size)
+            keep_in_place(self.pristine)
 
 
 class StaticStream(Stream):
@@ -138,6 +138,10 @@ class StaticStream(Stream):
     def __init__(self, *args):
         self.cursors: dict[tuple[Window, torch.device], Cursor] = {}
         super().__init__(*args)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return super().tensors + [tensor for each in self.cursors.values() for tensor in (each.rows, each.slots, each.visible)]
 
     def new_ring(self, window: Window, *how, kind: str | None = None) -> StaticRing:
         return StaticRing(window, *how)
@@ -152,11 +156,13 @@ class StaticStream(Stream):
         if cursor is None or len(cursor.rows) != current.batch_size:
             cursor = self.cursors[window, device] = Cursor(window, current.batch_size, device)
         cursor.move(current)
-        if current.is_recorded:
-            plan = Plan(window, current, device)
-            for ring in self.rings_at(window, device):
-                ring.record(plan, ring.slots)
         return cursor
+
+    def begin(self, current: Pass) -> None:
+        super().begin(current)
+        if current.is_recorded and self.ids_plan.is_in_tensors:  # here, because a graph can't keep a log
+            for ring in (*self.rings, self.ids):
+                ring.record(Plan(ring.window, current, ring.slots.device), ring.slots)
 
 
 def keep_in_place(*tensors: torch.Tensor) -> None:

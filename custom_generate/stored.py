@@ -18,9 +18,9 @@ class StoredRing(Ring):
         self.forget()
         self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], self.window.num_sinks, self.slots.shape[3])
 
-    def update(self, plan: Plan, new: torch.Tensor) -> torch.Tensor:
+    def update(self, plan: Plan, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
         held = torch.cat([self.slots, self.fetch(plan)], dim=2)
-        handed_out = self.carry_out(plan, held, new)
+        handed_out = super().update(plan, new, held)
         if plan.writes_sinks:
             self.slots.copy_(held[:, :, : self.window.num_sinks])
         self.store(plan, new)
