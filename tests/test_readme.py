@@ -427,6 +427,15 @@ def test_every_figure_is_shown():
     assert shown == {*(ROOT / "figures").glob("*.png")}
 
 
+def test_modules_are_listed_in_an_order_in_which_they_can_be_read():
+    """Each module of the table imports only modules that stand above it."""
+    order = re.findall(r"`custom_generate/(\w+)\.py`", TEXTS[ROOT / "docs" / "how_it_works.md"].partition("| module |")[2])
+    assert sorted(order) == sorted(path.stem for path in (ROOT / "custom_generate").glob("*.py"))
+    for number, name in enumerate(order):
+        source = (ROOT / "custom_generate" / f"{name}.py").read_text(encoding="utf-8")
+        assert set(re.findall(r"^from \.(\w+) import", source, re.MULTILINE)) <= {*order[:number]}, name
+
+
 def test_every_script_is_listed():
     for script in (ROOT / "scripts").glob("*.py"):
         assert f"`scripts/{script.name}`" in TEXTS[ROOT / "docs" / "contributing.md"], script
