@@ -102,8 +102,8 @@ def text_with_picture(seed: int) -> torch.Tensor:
 
 @torch.no_grad()
 def test_pictures_in_passes_of_ones_own():
-    """The recipe of docs/recipes.md: `pixel_values` beside the inputs of `prepare`, in the first pass and once the window is full. The
-    logits equal those of merged embeddings that are fed one by one, and at first those with DynamicCache. Other pixels change them."""
+    """The recipe of docs/recipes.md: `pixel_values` beside the inputs of `prepare`, at first and with the window full. The logits
+    equal those of merged embeddings fed one by one, and at first those with DynamicCache. Other pixels change them."""
     model, pixels = build_with_eyes(), torch.randn(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     texts = [text_with_picture(1), random_ids(40, seed=3) % 90, text_with_picture(2)]
     cache, by_one = (SinkCache.from_model(model, 30, NUM_SINK_TOKENS) for _ in range(2))
