@@ -49,7 +49,7 @@ class DraftFeed(Feed):
     def __exit__(self, *error) -> None:
         if self.has_begun:
             cache = self.cache
-            num_loose = cache.num_recorded  # of a draft that was not checked to the end, nothing stands
+            num_loose = cache.stream.num_recorded  # of a draft that was not checked to the end, nothing stands
             if self.sequences is not None:  # but for its last token, all that is in the text does
                 num_columns = cache.num_tokens_seen + cache.num_padding_columns
                 num_loose = min(max(num_columns - (self.sequences.shape[1] - 1), 0), num_loose)
@@ -186,7 +186,7 @@ class ShortDrafts:
             generation_config = copy.deepcopy(generation_config)
             generation_config.do_sample = False
         generator = model._get_candidate_generator(generation_config=generation_config, **kwargs)
-        num_kept = [window.num_recent for window in cache.windows]
+        num_kept = [window.num_recent for window, _ in cache.stream.places]
         if cache.quantization is not None:
             num_kept.append(cache.quantization.min_recent)  # tokens that are not quantized
         return cls(generator, cache, min(num_kept) - 1)

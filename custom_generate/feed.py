@@ -106,7 +106,7 @@ class Feed:
             chunk = chunk.repeat(num_copies)
             self.cache.batch_repeat_interleave(num_copies)
         inputs = self.cache.prepare(**chunk.arguments)
-        self.num_padding_columns = input_ids.shape[1] - self.cache.num_tokens_after_pass
+        self.num_padding_columns = input_ids.shape[1] - max(self.cache.stream.current.num_after)
         return inputs
 
     def last_chunk(self, chunk: Prompt, input_ids: torch.Tensor) -> Prompt:
@@ -126,7 +126,7 @@ class Feed:
             takes_parts = cache.takes_parts and rest.begins_without_padding
             size = self.chunk_size or self._default_chunk_size(takes_parts)
             size = min(size, cache.num_columns_at_once, self._num_columns_alike(rest))
-            longest_last = min(size, cache.best_part_length) if takes_parts else size
+            longest_last = min(size, cache.window.part_length) if takes_parts else size
             is_last = rest.num_columns <= (self.num_last or longest_last)
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.is_synced, device=rest.tokens.device):
                 return rest
@@ -134,8 +134,8 @@ class Feed:
                 uncompiled(**others | idle_pass(rest.tokens, rest.name))
                 continue
             size = min(size, rest.num_columns - (self.num_last or 1))
-            if takes_parts and size > cache.best_part_length:
-                size -= size % cache.best_part_length
+            if takes_parts and size > cache.window.part_length:
+                size -= size % cache.window.part_length
             chunk, rest = rest.split(size)
             num_parts = cache.num_parts_of(size) if takes_parts else 1
             uncompiled(**others | cache.prepare(**chunk.arguments, num_parts=num_parts))

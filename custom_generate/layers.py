@@ -1,7 +1,5 @@
 """The layers of a cache: keys and values in the slots of a window, and the sinks, which move."""
 
-from collections.abc import Sequence
-
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -20,8 +18,11 @@ class Ring:
 
     Attributes:
         sinks, number: the group in which the sinks of this ring move, and its number there; None if they do not move.
-        log: what recorded passes have overwritten: `(rows, slots, tokens), states`.
+        log: what recorded passes have overwritten: `(rows, slots, tokens), keys or values`.
+        num_bytes_on_host: bytes that are offloaded.
     """
+
+    num_bytes_on_host = 0
 
     def __init__(self, window: Window, rotation: Rotation, shape: tuple[int, int], dtype: torch.dtype, device: torch.device):
         self.window, self.rotation = window, rotation
@@ -39,16 +40,11 @@ class Ring:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything that the ring holds."""
-        return [self.slots, *(states for _, states in self.log)]
-
-    @property
-    def num_bytes_on_host(self) -> int:
-        """Bytes that are offloaded."""
-        return 0
+        return [self.slots, *(overwritten for _, overwritten in self.log)]
 
     @property
     def recent(self) -> torch.Tensor:
-        """Keys or values behind the sinks that are held as they came, `[batch, heads, num_slots, head_dim]`."""
+        """What is held behind the sinks as it came, `[batch, heads, num_slots, head_dim]`."""
         return self.slots[:, :, self.window.num_sinks :]
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
@@ -98,11 +94,6 @@ class Ring:
             return plan.in_parts(copies, torch.cat([take_slots(held, plan.recent_slots), new], dim=2))
         return torch.cat([copies.flatten(2, 3), held[:, :, plan.recent_before], new], dim=2)
 
-    def record(self, plan: Plan, held: torch.Tensor) -> None:
-        """Keep what the pass is about to overwrite."""
-        rows, slots, _ = plan.written
-        self.log.append((plan.written, held[rows, :, slots]))
-
     @torch.inference_mode(False)  # the slots can be changed later in any mode
     def grow(self, num_slots: int) -> None:
         """To at least twice the size, so that a short text does not pay for the whole window."""
@@ -112,12 +103,13 @@ class Ring:
         slots[:, :, :num_before] = self.slots
         self.slots = slots
 
-    def can_undo(self, plan: Plan) -> bool:
-        """Whether the tokens of a recorded pass can be rolled back, all or some of them."""
-        return plan.can_be_undone
+    def record(self, plan: Plan, held: torch.Tensor) -> None:
+        """Keep what the pass is about to overwrite."""
+        rows, slots, _ = plan.written
+        self.log.append((plan.written, held[rows, :, slots]))
 
     def undo(self, num_tokens: list[int]) -> None:
-        """Put back what recorded passes have overwritten, for all tokens of each row from `num_tokens` on. The last pass comes first."""
+        """Put back what recorded passes have overwritten, for all tokens of each row from `num_tokens` on."""
         for rows, slots, is_undone, overwritten in undone(self.log, num_tokens):
             self.slots[rows, :, slots] = overwritten[is_undone]
 
@@ -145,6 +137,7 @@ class Sinks:
     layers in one go: one rotation and one rounding, `num_sinks` keys a step, however long the text is.
 
     Attributes:
+        pristine: the sinks as they came, with their partners: float32 `[2, layers, batch, heads, num_sinks, head_dim]`.
         moved_by: how far the sinks in the slots are from where they came: a number for each row, or a single one.
         are_new: the last pass has written some of them, so that they have to be kept.
         for_queries: cosines and sines that move the sinks for each query of a pass, `[2, rows, 1, columns, num_sinks, head_dim]`.
@@ -154,7 +147,7 @@ class Sinks:
         self.rings, self.window, self.rotation = rings, rings[0].window, rings[0].rotation
         for number, ring in enumerate(rings):
             ring.sinks, ring.number = self, number
-        self.pristine: torch.Tensor | None = None  # as they came, with partners: float32 [2, layers, batch, heads, num_sinks, head_dim]
+        self.pristine: torch.Tensor | None = None
         self.allocate(0)
 
     @property
@@ -164,16 +157,16 @@ class Sinks:
 
     def allocate(self, batch_size: int) -> None:
         """Begin with no tokens."""
-        self.forget()
-        num_heads, head_dim = self.rings[0].slots.shape[1], self.rings[0].slots.shape[3]
+        _, num_heads, _, head_dim = self.rings[0].slots.shape
         shape = 2, len(self.rings), batch_size, num_heads, self.window.num_sinks, head_dim
         self.pristine = torch.zeros(shape, device=self.rings[0].slots.device)
-        self.cos_sin_at([0])
+        self.forget()
 
     def forget(self) -> None:
         self.moved_by, self.are_new, self.for_queries = [0], False, None
         self._views, self._viewed = [], None  # the slots of the sinks, and of the first ring all slots
         self._ahead, self._first_ahead = None, 0
+        self.cos_sin_at([0])
 
     def begin(self, plan: Plan) -> None:
         """Before a pass: bring the sinks to where its queries need them, or say where that is for each query."""
@@ -220,8 +213,7 @@ class Sinks:
         return torch.stack([angles.cos(), angles.sin()])
 
     def select_rows(self, index: torch.Tensor) -> None:
-        self._viewed = None
-        self.pristine = selected(self.pristine, index, dim=2)
+        self._viewed, self.pristine = None, selected(self.pristine, index, dim=2)
         if len(self.moved_by) > 1:
             self.moved_by = [self.moved_by[row] for row in index.tolist()]
 
@@ -231,8 +223,8 @@ class SinkLayer(CacheLayerMixin):
 
     is_croppable = is_initialized = True  # a pass makes room for all layers when it begins
 
-    def __init__(self, window: Window, rings: Sequence[Ring], stream, is_sliding: bool):
-        self.window, self.rings, self.stream, self.is_sliding = window, tuple(rings), stream, is_sliding
+    def __init__(self, window: Window, rings: list[Ring], stream, is_sliding: bool):
+        self.window, self.rings, self.stream, self.is_sliding = window, rings, stream, is_sliding
         self.plan: Plan | None = None  # of the pass under way
 
     @property
@@ -242,9 +234,6 @@ class SinkLayer(CacheLayerMixin):
     @property
     def values(self) -> torch.Tensor:
         return self.rings[1].slots
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing has to be done."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """`[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
@@ -259,22 +248,19 @@ class SinkLayer(CacheLayerMixin):
             key_states, value_states = plan.joined(key_states), plan.joined(value_states)
         return keys.update(plan, key_states), values.update(plan, value_states)
 
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing has to be done."""
+
     def get_seq_length(self) -> int:
         return max(self.stream.num_tokens)
 
     def get_max_length(self) -> int:
         return self.window.length
 
-    def get_max_cache_shape(self) -> int:
-        return self.window.length
+    get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.plan.kv_length, 0
-
-    def reset(self) -> None:
-        self.plan = None
-        for ring in self.rings:
-            ring.allocate(0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         for ring in self.rings:

@@ -6,11 +6,7 @@ import torch
 from transformers import Cache
 
 from .doors import check_count
-from .inputs import ModelInputs
 from .layers import SinkLayer
-from .probe import ModelTraits
-from .recurrent import RecurrentStates
-from .stream import Stream
 from .window import Window
 
 
@@ -20,12 +16,7 @@ class ReadableCache(Cache):
     `traits`, `stream`, `inputs` and `recurrent` are None until the cache knows its model (`bind`).
     """
 
-    window_length: int
-    num_sink_tokens: int
-    traits: ModelTraits | None = None
-    stream: Stream | None = None
-    inputs: ModelInputs | None = None
-    recurrent: RecurrentStates | None = None
+    traits = stream = inputs = recurrent = None
 
     def __repr__(self) -> str:
         mode = ", static=True" if self.is_static else ", offloaded=True" if self.is_offloaded else ""
@@ -37,17 +28,10 @@ class ReadableCache(Cache):
             f"tokens_seen={self.num_tokens_seen}, tokens_held={self.num_tokens_held}, bytes_held={self.num_bytes_held}{on_host})"
         )
 
-    # Tokens
-
     @property
     def window(self) -> Window:
         """The window of all layers that have no shorter one of their own."""
         return Window(self.window_length, self.num_sink_tokens)
-
-    @property
-    def windows(self) -> set[Window]:
-        """The windows of all layers."""
-        return {self.window} | {layer.window for layer in self.stream.layers.values()}
 
     @property
     def batch_size(self) -> int:
@@ -79,21 +63,9 @@ class ReadableCache(Cache):
         return min(self.num_tokens_seen, self.window_length)
 
     @property
-    def num_tokens_after_pass(self) -> int:
-        """Tokens seen, by the longest row, once the pass that was prepared last has ended."""
-        current = self.stream.current
-        return self.num_tokens_seen if current is None else max(current.num_after)
-
-    @property
-    def num_recorded(self) -> int:
-        """Tokens that `crop` can take back although they have evicted others."""
-        return 0 if self.stream is None else self.stream.num_recorded
-
-    @property
     def positions(self) -> list[int]:
         """The position at which the next token of each row will stand, unless positions are lowered first."""
-        num_tokens, base = self.stream.num_tokens, self.stream.base
-        return self._by_row([seen - start for seen, start in zip(num_tokens, base)])
+        return self._by_row([seen - start for seen, start in zip(self.stream.num_tokens, self.stream.base)])
 
     def _by_row(self, numbers: list[int]) -> list[int]:
         return list(numbers) if len(numbers) > 1 else numbers * max(self.batch_size, 1)
@@ -120,27 +92,18 @@ class ReadableCache(Cache):
 
     def known_token_ids(self, row: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The ids of the first and of the most recent tokens held of a row, each in order; None if they are not known."""
-        if self.stream is None or not self.stream.knows_ids or not self.is_initialized:
+        if not self.is_initialized or not self.stream.knows_ids:
             return None
         num_seen = self.num_tokens_seen_by_row[row]
         num_recent = num_seen if num_seen <= self.window_length else self.window.num_recent
         ids = self.stream.ids.slots[row, 0, :, 0].cpu()
         return ids[: min(num_seen, self.num_sink_tokens)], ids[self.window.slot(torch.arange(num_seen - num_recent, num_seen))]
 
-    # Memory
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """All that it holds."""
-        if self.stream is None:
-            return []
-        idle = [states for *_, states in self.recurrent.idle]
-        return [*self.stream.tensors, *self.recurrent.tensors.values(), *idle]
-
     @property
     def num_bytes_held(self) -> int:
         """Bytes of all tensors of the cache: their storages, each once."""
-        storages = [tensor.untyped_storage() for tensor in self.tensors]
+        tensors = [] if self.stream is None else [*self.stream.tensors, *self.recurrent.tensors.values()]
+        storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property
@@ -148,27 +111,20 @@ class ReadableCache(Cache):
         """Those of `num_bytes_held` that are offloaded."""
         return 0 if self.stream is None else sum(ring.num_bytes_on_host for ring in self.stream.rings)
 
-    # The next pass
-
     @property
     def takes_parts(self) -> bool:
         """Whether the next pass may come in parts: all rows have full windows, and the model looks at nothing but positions, masks and
-        the keys that it is handed to tell where in its row a token is."""
+        keys to tell where in its row a token is."""
         self.require_model()
         traits = self.traits
         is_plain = not (traits.is_recurrent or traits.is_ordered or traits.is_chunked or traits.is_indexed)
         return is_plain and min(self.stream.num_tokens) >= self.window_length
 
-    @property
-    def best_part_length(self) -> int:
-        """Columns of a part that `num_parts_of` aims at."""
-        return self.window.part_length
-
     def num_parts_of(self, num_columns: int) -> int:
         """In how many parts the next pass should come, if it has so many columns and none of them is padding: the divisor of
         `num_columns` that makes parts nearest to the best length. 1 while a window is not full."""
         check_count("num_columns", num_columns)
-        best = num_columns / self.best_part_length if self.takes_parts else 1
+        best = num_columns / self.window.part_length if self.takes_parts else 1
         divisors = (num for num in range(1, num_columns + 1) if num_columns % num == 0)
         return min(divisors, key=lambda num: abs(math.log(num / best))) if best > 1 else 1
 
@@ -177,14 +133,9 @@ class ReadableCache(Cache):
         """The longest next pass that does not cross an edge: of the window while it is filling, then of the small positions."""
         columns, rebase_at = [], self.traits.rebase_at
         for seen, start in zip(self.stream.num_tokens, self.stream.base):
-            if seen < self.window_length:
-                columns.append(self.window_length - seen)
-            elif self.traits.is_ordered:
-                columns.append(1)
-            else:
-                room = rebase_at - (seen - start)
-                columns.append(room if room > 0 else rebase_at - self.window_length)
-        return min(columns)
+            left = self.window_length - seen if seen < self.window_length else rebase_at - (seen - start)
+            columns.append(1 if self.traits.is_ordered and seen >= self.window_length else left)
+        return min(num if num > 0 else rebase_at - self.window_length for num in columns)
 
     def require_model(self) -> None:
         if self.traits is None:

@@ -127,7 +127,6 @@ class StaticSinks(Sinks):
     def allocate(self, batch_size: int) -> None:
         if self.pristine is not None and batch_size in (0, self.pristine.shape[2]):
             self.forget()  # the memory stays
-            self.cos_sin_at([0])
         else:
             super().allocate(batch_size)
             keep_in_place(self.pristine)
@@ -157,11 +156,13 @@ class StaticStream(Stream):
         if cursor is None or len(cursor.rows) != current.batch_size:
             cursor = self.cursors[window, device] = Cursor(window, current.batch_size, device)
         cursor.move(current)
-        if current.is_recorded:
-            plan = Plan(window, current, device)
-            for ring in self.rings_at(window, device):
-                ring.record(plan, ring.slots)
         return cursor
+
+    def begin(self, current: Pass) -> None:
+        super().begin(current)
+        if current.is_recorded and self.ids_plan.is_in_tensors:  # here, because a graph can't keep a log
+            for ring in (*self.rings, self.ids):
+                ring.record(Plan(ring.window, current, ring.slots.device), ring.slots)
 
 
 def keep_in_place(*tensors: torch.Tensor) -> None:

@@ -27,27 +27,30 @@ class Stream:
         has_begun: a layer has carried out its part of the open pass.
         done: a pass that has ended and is not yet part of `num_seen`. (A compiled pass can say no more than that it has ended.)
         ids: ids of the tokens held, as a ring that does not move; `knows_ids` is False if some tokens came without ids.
-        places: the layers, and the sinks that move alike, of each window and device.
+        places: the layers, and the groups of sinks that move alike, of each window and device. The place of `ids` comes first.
         num_recorded: tokens that can be rolled back.
     """
 
     def __init__(self, window: Window, layers: dict):
         self.ids = self.new_ring(window, Rotation.identity(1), (1, 1), torch.long, next(iter(layers.values())).device)
         self.layers: dict[int, SinkLayer] = {}
-        self.places: dict[tuple, tuple[list[SinkLayer], list[Sinks]]] = {self._place(self.ids): ([], [])}  # ids come first
+        self.places: dict[tuple[Window, torch.device], tuple[list[SinkLayer], list[Sinks]]] = {}
+        self.places[window, self.ids.slots.device] = [], []
         alike: dict[tuple, list[Ring]] = {}
         for index, traits in layers.items():
-            own = native_window(traits.native_window, window)
+            keeps_native = traits.native_window is not None and traits.native_window <= window.length
+            own = Window(traits.native_window, 0) if keeps_native else window  # a layer was trained with its native window
             kinds = zip(KINDS, traits.rotations, traits.shapes)
             rings = [self.new_ring(own, rotation, shape, traits.dtype, traits.device, kind=kind) for kind, rotation, shape in kinds]
             self.layers[index] = SinkLayer(own, rings, self, is_sliding=traits.native_window == own.length)
-            self.places.setdefault(self._place(rings[0]), ([], []))[0].append(self.layers[index])
+            self.places.setdefault((own, traits.device), ([], []))[0].append(self.layers[index])
             for ring in rings:
                 if own.num_sinks > 0 and not ring.rotation.is_identity:
-                    key = own, ring.rotation.fingerprint, ring.slots.shape, ring.slots.dtype, ring.slots.device
-                    alike.setdefault(key, []).append(ring)
-        for rings in alike.values():
-            self.places[self._place(rings[0])][1].append(self.new_sinks(rings))
+                    alike.setdefault((own, traits.device, traits.dtype, ring.slots.shape, ring.rotation.fingerprint), []).append(ring)
+        self.groups = [self.new_sinks(rings) for rings in alike.values()]
+        for place, group in zip(alike, self.groups):
+            self.places[place[:2]][1].append(group)
+        self.rings = [ring for layer in self.layers.values() for ring in layer.rings]
         self.first_layer, self.last_layer = min(layers), max(layers)
         self.clear()
 
@@ -63,31 +66,17 @@ class Stream:
     def plan_of(self, current: Pass, window: Window, device: torch.device) -> Plan:
         return Plan(window, current, device)
 
-    # The pass
-
     @property
     def num_tokens(self) -> list[int]:
         """Tokens seen, by the pass that has ended last too."""
         return self.num_seen if self.done is None else self.done.num_after
 
     @property
-    def rings(self) -> list[Ring]:
-        return [ring for layer in self.layers.values() for ring in layer.rings]
-
-    @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything that it holds."""
-        held = [tensor for ring in (*self.rings, self.ids) for tensor in ring.tensors]
-        return held + [tensor for sinks in self.groups for tensor in sinks.tensors]
+        return [tensor for each in (*self.rings, self.ids, *self.groups) for tensor in each.tensors]
 
-    @property
-    def groups(self) -> list[Sinks]:
-        return [sinks for _, groups in self.places.values() for sinks in groups]
-
-    def rings_at(self, window: Window, device: torch.device) -> list[Ring]:
-        layers, _ = self.places[window, device]
-        ids = [self.ids] if self._place(self.ids) == (window, device) else []
-        return [ring for layer in layers for ring in layer.rings] + ids
+    # The pass
 
     def begin(self, current: Pass) -> None:
         """Open a pass, for which all checks have been made."""
@@ -96,11 +85,10 @@ class Stream:
         if current.base is not self.base:
             self._rebase(current.base)
         self.num_seen, self.base = current.num_seen, current.base
-        self.current, self.has_begun = current, False
-        self.ids_plan = None
+        self.current, self.has_begun, self.ids_plan = current, False, None
         for (window, device), (layers, groups) in self.places.items():
             plan = self.plan_of(current, window, device)
-            self.ids_plan = self.ids_plan or plan  # ids are in the first place
+            self.ids_plan = self.ids_plan or plan
             for layer in layers:
                 layer.plan = plan
             for sinks in groups:
@@ -114,19 +102,19 @@ class Stream:
 
     def settle(self) -> None:
         """Make a pass that is done part of what was seen."""
-        if self.done is None:
+        done, self.done = self.done, None
+        if done is None:
             return
-        done, plan, self.done = self.done, self.ids_plan, None
         self.knows_ids &= done.input_ids is not None
         if self.knows_ids:
-            self.ids.update(plan, done.input_ids[:, None, :, None].to(self.ids.slots.device))
+            self.ids.update(self.ids_plan, done.input_ids[:, None, :, None].to(self.ids.slots.device))
         for sinks in self.groups:
             sinks.for_queries = None  # memory of a long pass
+        self.num_seen = done.num_after
         if done.is_recorded:
             self.num_recorded += min(done.num_new)
-            if not all(ring.can_undo(layer.plan) for layer in self.layers.values() for ring in layer.rings):
+            if not all(layer.plan.can_be_undone for layer in self.layers.values()):
                 self.forget_recorded()
-        self.num_seen = done.num_after
 
     def give_up(self) -> None:
         """The open pass was interrupted, and can be begun anew: what was recorded of it is put back."""
@@ -135,14 +123,13 @@ class Stream:
         self.current = None
 
     def _rebase(self, base: list[int]) -> None:
-        """Lower positions to a new base."""
+        """Lower positions, to a new base."""
         num_rows = max(len(base), len(self.base))
-        before, after = (each * (num_rows // len(each)) for each in (self.base, base))
-        num_positions = torch.tensor(after) - torch.tensor(before)
-        if bool(num_positions.any()):
+        before, after = (torch.tensor(each * (num_rows // len(each))) for each in (self.base, base))
+        if not after.equal(before):
             for ring in self.rings:
                 if not ring.rotation.is_identity:
-                    ring.rebase(num_positions[:, None, None].to(ring.slots.device))
+                    ring.rebase((after - before)[:, None, None].to(ring.slots.device))
 
     # Roll-back
 
@@ -166,13 +153,12 @@ class Stream:
             each.allocate(batch_size)
 
     def select_rows(self, index: torch.Tensor) -> None:
-        """What stands beside the layers: row i becomes a copy of row `index[i]`."""
+        """Row i becomes a copy of row `index[i]`, in all that stands beside the layers."""
         if len(self.num_seen) > 1:
-            rows = index.tolist()
-            self.num_seen, self.base = [self.num_seen[row] for row in rows], [self.base[row] for row in rows]
+            self.num_seen, self.base = ([numbers[row] for row in index.tolist()] for numbers in (self.num_seen, self.base))
         self.ids.select_rows(index.to(self.ids.slots.device))
         for sinks in self.groups:
-            sinks.select_rows(index.to(sinks.rings[0].slots.device))
+            sinks.select_rows(index.to(sinks.pristine.device))
         self.batch_size = len(index)
         self.forget_recorded()
 
@@ -181,19 +167,9 @@ class Stream:
         self.num_seen, self.base = [0], [0]
         self.current: Pass | None = None
         self.done: Pass | None = None
-        self.has_begun, self.is_recording, self.knows_ids, self.ids_plan = False, False, True, None
-        self.num_recorded = 0
+        self.has_begun, self.is_recording, self.knows_ids, self.ids_plan, self.num_recorded = False, False, True, None, 0
         self.allocate(0)
         self.batch_size = -1
-
-    @staticmethod
-    def _place(ring: Ring) -> tuple[Window, torch.device]:
-        return ring.window, ring.slots.device
-
-
-def native_window(native_length: int | None, window: Window) -> Window:
-    """A native window that is not longer stays as it is, without sinks: the layer was trained so."""
-    return window if native_length is None or native_length > window.length else Window(native_length, 0)
 
 
 def next_base(num_seen: list[int], num_after: list[int], base: list[int], traits, window_length: int) -> list[int]:

@@ -1,8 +1,8 @@
 """The other ways to decode with a bounded view, for scripts/benchmark.py to compare `SinkCache` with.
 
-Each is what its source describes, made to give the logits that it should (tests/test_benchmark.py), in few lines and without a detour
-that would make it slow. A `Decoder` is filled with a prompt and then takes one token after another. One more, `FrozenDecoder`, gives
-no logits that anybody wants: it shows what a token costs where the cache costs nothing.
+Each is what its source describes, made to give the logits that it should (tests/test_benchmark.py), in few lines and without a
+detour that would make it slow. A `Decoder` is filled with a prompt and then takes one token after another. One more,
+`FrozenDecoder`, gives no logits that anybody wants: it shows what a token costs where the cache costs nothing.
 """
 
 import copy
@@ -10,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from common import storage_bytes  # first: it says where `generate` is found
-from custom_generate.generate import CACHE_NAME, Rotation, model_traits
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, QuantizedCache, StaticCache
+
+from common import storage_bytes
+from custom_generate.probe import model_traits
+from custom_generate.releases import CACHE_NAME
+from custom_generate.rotation import Rotation
 
 PREFILL_CHUNK_LENGTH = 1024
 
@@ -65,8 +68,8 @@ class Decoder:
 
 
 class RandomStates:
-    """In place of a model that reads a prompt: random keys and values. What they are makes no difference to the time of a step, and long
-    windows are full at once."""
+    """In place of a model that reads a prompt: random keys and values. What they are makes no difference to the time of a step,
+    and long windows are full at once."""
 
     def __init__(self, model, window_length: int):
         self.layers = model_traits(model, window_length).layers
@@ -112,7 +115,7 @@ class DynamicDecoder(Decoder):
 
 
 class StaticDecoder(Decoder):
-    """`StaticCache` of the length of the window: each step attends to all of it, under a mask, and writes one of its last slots."""
+    """`StaticCache` of the length of the window: each step attends to all of it, under a mask, and writes one of the last."""
 
     def __init__(self, model, setup: Setup, is_compiled: bool = False):
         self.cache = StaticCache(config=model.config, max_cache_len=setup.window_length)
@@ -128,8 +131,8 @@ class StaticDecoder(Decoder):
 
 
 class QuantizedDecoder(Decoder):
-    """`QuantizedCache` (KIVI, https://arxiv.org/abs/2402.02750), which can't be cropped: each turn begins with what was there before. (It
-    changes no tensor in place.)"""
+    """`QuantizedCache` (KIVI, https://arxiv.org/abs/2402.02750), which can't be cropped: each turn begins with what was there
+    before. (It changes no tensor in place.)"""
 
     def __init__(self, model, setup: Setup, backend: str):
         self.model = model
@@ -142,7 +145,7 @@ class QuantizedDecoder(Decoder):
 
 
 class NativeWindowDecoder(Decoder):
-    """The same weights in a model that was made with a sliding window (Mistral 7B, https://arxiv.org/abs/2310.06825): no sinks."""
+    """The same weights in a model with a sliding window of its own (Mistral 7B, https://arxiv.org/abs/2310.06825): no sinks."""
 
     def __init__(self, model, setup: Setup):
         self.model = native_window_model(model, setup.window_length)
@@ -187,7 +190,7 @@ class FrozenCache(DynamicCache):
 
 
 class FrozenDecoder(Decoder):
-    """No work for the cache at all: the model, and its attention over `window_length` keys. No cache of that length can be faster."""
+    """No work for the cache at all: the model, and its attention over `window_length` keys. No such cache can be faster."""
 
     def __init__(self, model, setup: Setup):
         layers = fill(model, DynamicCache(), setup).layers
@@ -208,7 +211,8 @@ def rotate(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
 
 
 def halves_frequencies(model, window_length: int) -> torch.Tensor:
-    """Radians per position, `[head_dim / 2]`, of a model that turns all keys by halves, as those did for which the methods were written.
+    """Radians per position, `[head_dim / 2]`, of a model that turns all keys by halves, as those did for which the methods were
+    written.
 
     Raises:
         ValueError: this model does not.
@@ -254,7 +258,7 @@ class ConcatenatingCache(DynamicCache):
 
 
 class RerotatingCache(ConcatenatingCache):
-    """The method of transformers' own `SinkCache`, up to 4.52: whenever a token is evicted, all recent keys are turned back by one."""
+    """As transformers' own `SinkCache` did up to 4.52: with each token that is evicted, all recent keys turn back by one."""
 
     def __init__(self, model, setup: Setup):
         super().__init__(model, setup)
@@ -268,8 +272,8 @@ class RerotatingCache(ConcatenatingCache):
 
 
 class RotatingAtReadCache(ConcatenatingCache):
-    """The method of the paper's code (https://arxiv.org/abs/2309.17453): keys are kept as they are before rotation, and all of them are
-    turned to their positions in the cache at each step.
+    """The method of the paper's code (https://arxiv.org/abs/2309.17453): keys are kept as they are before rotation, and all of
+    them are turned to their positions in the cache at each step.
 
     There, the query is turned to position `window_length - 1`, the last. Here it stays at 0, and the keys are turned to
     -(window_length - 1) .. 0: scores depend on distances only, and so the model can stay as it is.

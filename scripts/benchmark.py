@@ -2,17 +2,19 @@
 
 Four measurements (`--measure`), on a model of the Hub or on random weights of a known shape (`--preset`):
 
-    decode   time of a step at a full window. All methods decode in turns, `--num-tokens` at a time, in an order that changes from round to
-             round; the ratio of two methods is that of their turns in the same round, so what the machine does besides hits both.
-    stream   time of a step by position in one long stream, the whole way through `generate` and in a loop of one's own; memory on the way.
+    decode   time of a step at a full window. All methods decode in turns, `--num-tokens` at a time, in an order that changes from
+             round to round; the ratio of two methods is that of their turns in the same round, so what the machine does besides
+             hits both.
+    stream   time of a step by position in one long stream, the whole way through `generate` and in a loop of one's own; memory
+             on the way.
     age      time of a step in streams of very different lengths, in turns, the whole way through `generate`.
-    prefill  tokens a second of a prompt many windows long, by chunk length, and the ratio of its time a token to that of the first chunk
-             of a `DynamicCache`, of the length at which that is fastest; and a pass over a full window against plain attention over as
-             many keys.
+    prefill  tokens a second of a prompt many windows long, by chunk length, and the ratio of its time a token to that of the
+             first chunk of a `DynamicCache`, of the length at which that is fastest; and a pass over a full window against plain
+             attention over as many keys.
 
-Times are medians; spreads are quartiles. A step takes one token of each row of a batch: its time is what a token of a row takes, and
-tokens a second count all rows. The lines of the table are appended to `--csv` as they are measured, and Ctrl-C keeps what was: the exit
-status is 130 then. What can't run here is left out, with the reason. Needs transformers 4.56 or newer.
+Times are medians; spreads are quartiles. A step takes one token of each row of a batch: its time is what a token of a row takes,
+and tokens a second count all rows. The lines of the table are appended to `--csv` as they are measured, and Ctrl-C keeps what
+was: the exit status is 130 then. What can't run here is left out, with the reason.
 
     python scripts/benchmark.py --window-length 256 1024 4096 --csv results/benchmark.csv
     python scripts/benchmark.py --preset tiny --measure stream --stream-length 1000 10000 100000 --csv results/benchmark.csv
@@ -32,6 +34,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
+
 from baselines import (
     Decoder,
     DynamicDecoder,
@@ -48,10 +53,9 @@ from baselines import (
     native_window_model,
     reader,
 )
-from common import DEFAULT_NUM_SINK_TOKENS, DTYPES, add_model_arguments, count, describe_run, load_weights, rounded, storage_bytes
-from custom_generate.generate import CACHE_NAME, SinkCache, generate
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
+from common import DTYPES, add_model_arguments, count, describe_run, load_weights, rounded, storage_bytes
+from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, SinkCache, generate
+from custom_generate.releases import CACHE_NAME
 
 
 def shape(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int) -> dict:
@@ -79,9 +83,9 @@ NUM_WARMUP_TURNS = 2  # what is compiled may be compiled again on the second
 STREAM_PROMPT_LENGTH = 8
 BUCKETS_PER_DECADE = 8  # of positions in a stream
 CSV_COLUMNS = (
-    "date commit measure method reference model window_length num_sink_tokens batch_size position chunk_length num_keys ms_per_token ms_low ms_high "
-    "tokens_per_second ratio ratio_low ratio_high bytes_held device_peak_bytes process_peak_bytes num_rounds torch transformers python "
-    "device device_name dtype attention num_threads seed"
+    "date commit measure method reference model window_length num_sink_tokens batch_size position chunk_length num_keys "
+    "ms_per_token ms_low ms_high tokens_per_second ratio ratio_low ratio_high bytes_held device_peak_bytes process_peak_bytes "
+    "num_rounds torch transformers python device device_name dtype attention num_threads seed"
 ).split()
 # What is printed of each measurement.
 TABLE_COLUMNS = {
@@ -282,7 +286,8 @@ class DevicePeak:
 
 
 class TokenClock:
-    """A streamer that takes the time between tokens, in milliseconds. What it does at the edges of the buckets is not on the clock.
+    """A streamer that takes the time between tokens, in milliseconds. What it does at the edges of the buckets is not on the
+    clock.
 
     Attributes:
         position: tokens so far, the prompt included.
@@ -548,6 +553,14 @@ def measure_prefill(args, model, window_length: int, batch_size: int, report: Re
         feeds += [functools.partial(feed_first, length), functools.partial(feed_dynamic, length)]
     for feed in tqdm(feeds * args.prefill_rounds, desc=f"prefill, window {window_length}, batch {batch_size}", file=sys.stderr):
         feed()
+    report_prefill(args, setup, milliseconds_taken, held, report)
+    if {"sink", "dynamic"} <= set(args.methods):
+        for chunk_length in chunk_lengths:
+            measure_chunk(args, model, window_length, batch_size, chunk_length, report)
+
+
+def report_prefill(args, setup: Setup, milliseconds_taken: dict, held: dict[tuple, int], report: Report) -> None:
+    """Times by method, chunk length and position, each beside the fastest first chunk of a `DynamicCache`."""
     per_token = {key: [each / key[-1] for each in taken] for key, taken in milliseconds_taken.items()}
     first_chunks = [key for key in per_token if key[0] == "dynamic" and key[1] == key[2]]
     best = min(first_chunks, key=lambda key: statistics.median(per_token[key]), default=None)
@@ -565,13 +578,10 @@ def measure_prefill(args, model, window_length: int, batch_size: int, report: Re
             position=position,
             **step,
             **ratio,
-            tokens_per_second=1000 * batch_size / step["ms_per_token"],
+            tokens_per_second=1000 * len(setup.prompt) / step["ms_per_token"],
             bytes_held=held[method, chunk_length, position],
             num_rounds=args.prefill_rounds,
         )
-    if {"sink", "dynamic"} <= set(args.methods):
-        for chunk_length in chunk_lengths:
-            measure_chunk(args, model, window_length, batch_size, chunk_length, report)
 
 
 def measure_chunk(args, model, window_length: int, batch_size: int, chunk_length: int, report: Report) -> None:

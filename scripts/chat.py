@@ -1,9 +1,9 @@
 """A chat without an end, in the terminal: the cache goes on from turn to turn, and nothing is read twice.
 
-Only what is new is fed: of a chat template, what stands between the last answer and the next one. So where a template drops or rewrites
-earlier turns (the thoughts of a model, say), they stay in the cache as they were fed, until they are evicted. A model without a chat
-template, as that of this repository, goes on with plain text. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands. The last
-line is one JSON document.
+Only what is new is fed: of a chat template, what stands between the last answer and the next one. So where a template drops or
+rewrites earlier turns (the thoughts of a model, say), they stay in the cache as they were fed, until they are evicted. A model
+without a chat template, as that of this repository, goes on with plain text. Ctrl-C stops an answer, Ctrl-D leaves; /help lists
+the commands. The last line is one JSON document.
 
     python scripts/chat.py
     python scripts/chat.py --model Qwen/Qwen3-0.6B --window-length 4096 --system "Answer in one sentence."
@@ -20,9 +20,10 @@ import uuid
 
 import torch
 import transformers
-from common import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, add_model_arguments, load_model
-from custom_generate.generate import SinkCache, generate
 from transformers import StoppingCriteria, TextStreamer
+
+from common import add_model_arguments, load_model
+from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache, generate
 
 COMMANDS = """\
 /save FILE   write the conversation to a file

@@ -1,26 +1,43 @@
-"""The table *Model compatibility* of the README: a verdict for every type in transformers' causal-LM mapping, found by running it.
+"""The generated tables of README.md and docs/: which models are served, and what works with which option, cache and attention.
 
-Each type is built small, with random weights (`tests/zoo.py`), and shown to the cache: it is refused with a reason, or accepted with
-the way in which it moves its keys. That what is accepted is exact is what `tests/test_zoo.py` proves, type by type.
+**Models** (block `compatibility`): a verdict for every type in transformers' causal-LM mapping, found by running it. Each type is
+built small, with random weights (`tests/zoo.py`), and shown to the cache: it is refused with a reason, or accepted with the way
+in which it moves its keys. That what is accepted is exact is what `tests/test_zoo.py` proves, type by type. This takes about two
+minutes.
 
-    python scripts/compatibility.py --check      exits with 1 if the table in the README is not what is found
-    python scripts/compatibility.py --write      puts what is found into the README
+**Options** (block `works-with`): every option of `generate`, every cache of transformers, every attention implementation. What is
+refused comes from `custom_generate/` itself, with its reason. What works is listed here, with the test that shows it. To let
+something work, take it out of `UNSUPPORTED_OPTIONS` there and add a line here. `tests/test_compatibility.py` sees to it that no
+option is missing, that the tests exist, and that what is said to be refused is.
+
+    python scripts/compatibility.py --check                   exits with 1 if a table is not what is found
+    python scripts/compatibility.py --write                   puts what is found into the pages
+    python scripts/compatibility.py --tables options --write  one of them only
 """
 
 import argparse
 import json
 import sys
 import warnings
+from dataclasses import dataclass, field
 
 import torch
 import transformers
-from common import ROOT, add_block_arguments, check_or_write_block
-from custom_generate.generate import Rotation, SinkCache
 from tqdm import tqdm
+
+from common import ROOT, add_block_arguments, check_or_write_block
+from custom_generate.generate import SinkCache
+from custom_generate.options import SUPPORTED_ATTENTION, UNSUPPORTED_OPTIONS
+from custom_generate.releases import HAS_ALL_BEAM_SEARCHES
+from custom_generate.rotation import Rotation
 
 sys.path.insert(0, str(ROOT / "tests"))
 
 from zoo import LEFT_OUT, ZOO_TYPES, build_zoo_model  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
 
@@ -91,14 +108,14 @@ def verdicts() -> list[dict]:
             found.append({"type": model_type, "verdict": "left out", "reason": LEFT_OUT[model_type]})
             continue
         try:
-            traits = SinkCache.from_model(build_zoo_model(model_type), WINDOW_LENGTH, NUM_SINK_TOKENS)._traits
+            traits = SinkCache.from_model(build_zoo_model(model_type), WINDOW_LENGTH, NUM_SINK_TOKENS).traits
             found.append({"type": model_type, "verdict": "exact", "keys": describe(traits)})
         except ValueError as error:
             found.append({"type": model_type, "verdict": "refused", "reason": reason_of(str(error))})
     return found
 
 
-def table(found: list[dict]) -> str:
+def models_table(found: list[dict]) -> str:
     """Markdown: the exact types by how their keys move, the others by reason."""
     num_exact = sum(entry["verdict"] == "exact" for entry in found)
     lines = [
@@ -122,19 +139,225 @@ def table(found: list[dict]) -> str:
     return "\n".join(lines).strip()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_block_arguments(parser)
-    args = parser.parse_args()
+# ---------------------------------------------------------------------------------------------------------------------
+# Options, caches, attention implementations
+# ---------------------------------------------------------------------------------------------------------------------
+
+VERDICTS = WORKS, NO_EFFECT, REFUSED, NOT_TRIED = "works", "no effect", "refused", "not tried"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        names: what it is about. In the table of options: their names.
+        verdict: one of the four words above.
+        note: the reason, or what to know.
+        test: `file::function` that shows that it works.
+        trial: what shows that it is refused or has no effect, each by itself: arguments of `generate`, or, under `model` and
+            `attn_implementation`, another model or another attention.
+    """
+
+    names: tuple[str, ...]
+    verdict: str
+    note: str = ""
+    test: str = ""
+    trial: dict = field(default_factory=dict)
+
+
+def works(names: str, test: str, note: str = "") -> Row:
+    return Row(tuple(names.split()), WORKS, note, test)
+
+
+def not_tried(names: str, note: str = "") -> Row:
+    return Row(tuple(names.split()), NOT_TRIED, note)
+
+
+def no_effect(note: str, **trial) -> Row:
+    return Row(tuple(trial), NO_EFFECT, note, trial=trial)
+
+
+def refused(names: tuple[str, ...], reason: str, **trial) -> Row:
+    return Row(names, REFUSED, reason, trial=trial)
+
+
+PROCESSORS = "test_modes.py::test_an_option_makes_of_the_logits_what_it_stands_for"
+GUIDANCE = "test_modes.py::test_guidance_follows_both_oracles"
+SHAPES = "test_modes.py::test_shapes_of_what_is_recorded_past_the_window"
+BEAMS = "test_beams.py::test_beams_past_the_window_equal_beams_without_a_cache"
+LENGTHS = "test_modes.py::test_lengths_count_what_transformers_counts"
+
+OPTIONS = [
+    works("inputs input_ids attention_mask", "test_generate.py::test_left_padded_prompts_of_very_different_lengths", "padding on the left"),
+    works("inputs_embeds", "test_generate.py::test_embeddings_in_place_of_ids"),
+    works("bos_token_id", "test_modes.py::test_bos_token_id_in_place_of_a_prompt", "in place of a prompt"),
+    works("past_key_values cache", "test_generate.py::test_several_turns_with_one_cache", "a `SinkCache` to continue; by either name with every release"),
+    works("generation_config", "test_modes.py::test_a_generation_config_says_the_same_as_arguments"),
+    works("max_length max_new_tokens", LENGTHS, "of the text, not of the window"),
+    works("min_length min_new_tokens", PROCESSORS),
+    works("max_time", "test_modes.py::test_time_that_is_up"),
+    works("stop_strings tokenizer", "test_modes.py::test_stop_strings_and_streamers_past_the_window"),
+    works("eos_token_id pad_token_id", "test_generate.py::test_eos_in_one_row_before_the_others", "one or several"),
+    works("do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff", PROCESSORS),
+    works("repetition_penalty no_repeat_ngram_size", PROCESSORS, "look at the whole text, evicted or not"),
+    works("encoder_repetition_penalty encoder_no_repeat_ngram_size", PROCESSORS, "look at the prompt"),
+    works("bad_words_ids sequence_bias suppress_tokens begin_suppress_tokens", PROCESSORS),
+    works("forced_bos_token_id", "test_modes.py::test_forced_bos_token_id"),
+    works("forced_eos_token_id exponential_decay_length_penalty", PROCESSORS),
+    works("remove_invalid_values renormalize_logits watermarking_config", PROCESSORS, "SynthID too"),
+    works("prefix_allowed_tokens_fn", PROCESSORS),
+    works("logits_processor stopping_criteria", "test_generate.py::test_streamers_criteria_and_processors_are_called_as_in_transformers"),
+    works("streamer", "test_modes.py::test_stop_strings_and_streamers_past_the_window"),
+    works(
+        "guidance_scale negative_prompt_ids negative_prompt_attention_mask",
+        GUIDANCE,
+        "the second text has a window of its own, and begins anew with each call; not with beams or assisted decoding",
+    ),
+    works("num_return_sequences", "test_generate.py::test_several_return_sequences_past_the_window_each_follow_the_rules"),
+    works("num_beams early_stopping length_penalty", BEAMS, "the cache stays at the prompt, and the next call reads the answer again"),
+    *([works("num_beam_groups diversity_penalty constraints force_words_ids", BEAMS)] if HAS_ALL_BEAM_SEARCHES else []),
+    works("assistant_model", "test_assisted.py::test_an_assistant_has_a_window_of_its_own", "one text at a time; see *Assisted decoding and beams*"),
+    works("assistant_early_exit", "test_assisted.py::test_the_first_layers_draft"),
+    works("prompt_lookup_num_tokens max_matching_ngram_size", "test_assisted.py::test_looking_up_the_prompt"),
+    works("assistant_tokenizer target_lookbehind assistant_lookbehind", "test_assisted.py::test_two_tokenizers", "with `tokenizer`"),
+    works(
+        "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold",
+        "test_assisted.py::test_an_assistant_that_is_sometimes_right",
+    ),
+    works("return_dict_in_generate output_logits output_scores", PROCESSORS),
+    works("output_attentions output_hidden_states", SHAPES, "see *Output Type changes*"),
+    works("prefill_chunk_size", "test_generate.py::test_the_chunk_length_does_not_change_the_logits"),
+    works("cache_implementation", "test_static.py::test_generate_compiles_once", "see the table of caches"),
+    works("cache_config", "test_quantized.py::test_generate", 'with `cache_implementation="quantized"`'),
+    works("compile_config", "test_static.py::test_generate_compiles_once", 'with `cache_implementation="static"`'),
+    works("use_model_defaults", "test_modes.py::test_defaults_of_the_model", "transformers 4"),
+    works("custom_generate trust_remote_code", "test_loading.py::test_every_way_in_gives_the_same_text", "and what goes with them: `revision`, `token`, ..."),
+    refused(("use_cache=False",), "without a cache there is nothing to bound", use_cache=False),
+    refused(("token_type_ids", "other tensors"), "it can't be split over the passes", token_type_ids=[[0] * 5]),
+    no_effect("for assisted decoding with `do_sample`", assistant_ensemble_weight=0.5),
+    no_effect("set by transformers on an assistant; fails without one, as in transformers", is_assistant=True),
+    *([] if HAS_ALL_BEAM_SEARCHES else [no_effect("for `num_beam_groups`", diversity_penalty=0.5)]),
+    no_effect("for encoder-decoder models", decoder_start_token_id=3, forced_decoder_ids=[[1, 2]], generation_kwargs={"a": 1}),
+    no_effect("transformers has dropped it", low_memory=True),
+    no_effect('without `cache_implementation="static"`', disable_compile=True),
+    works("synced_gpus", "test_distributed.py::test_a_process_that_has_done_keeps_step", "FSDP and DeepSpeed: one process that has done waits for the others"),
+    no_effect("only the last logits are computed anyway", logits_to_keep=3),
+    no_effect("says which release wrote the config", transformers_version="4.52.0"),
+]  # fmt: skip
+
+
+OTHER_CACHE = UNSUPPORTED_OPTIONS["cache_implementation"]
+
+CACHES = [
+    works("dynamic", "test_errors.py::test_a_cache_of_another_class", "also an empty `DynamicCache`: a `SinkCache` takes its place"),
+    works("static", "test_static.py::test_generate_compiles_once", "a `SinkCache` whose buffers never move, for compiled models"),
+    works("quantized", "test_quantized.py::test_it_equals_the_reference", "sinks and the most recent tokens stay as they are, each older token is quantized once"),
+    works("offloaded offloaded_static offloaded_hybrid offloaded_hybrid_chunked", "test_offloaded.py::test_generate", "the window is kept in the memory of the host"),
+    refused(("sliding_window",), OTHER_CACHE, cache_implementation="sliding_window"),
+    refused(("hybrid", "hybrid_chunked"), OTHER_CACHE, cache_implementation="hybrid"),
+    refused(("dynamic_full",), OTHER_CACHE, cache_implementation="dynamic_full"),
+    refused(("mamba",), OTHER_CACHE, cache_implementation="mamba"),
+    refused(("paged",), OTHER_CACHE, cache_implementation="paged"),
+    refused(("a cache with tokens in it",), "already holds tokens, and nobody knows their positions", past_key_values="DynamicCache"),
+    Row(("layers with a sliding window",), WORKS, "see *Model compatibility*", "test_families.py::test_logits_equal_the_oracle_however_the_tokens_are_fed"),
+    Row(("recurrent states beside attention",), WORKS, "see *Model compatibility* and, for turns of a batch in your own loop, *Limits*", "test_zoo.py::test_exact_or_refused"),
+    refused(("recurrent states alone",), "attention layers do not put their keys and values into its cache", model="mamba"),
+    refused(("encoder-decoder",), "SinkCache serves decoder-only models", model="t5"),
+]  # fmt: skip
+
+OTHER_MASKS = f"SinkCache makes masks for {' and '.join(SUPPORTED_ATTENTION)} attention"
+
+ATTENTION = [
+    *(works(name, "test_families.py::test_logits_equal_the_oracle_however_the_tokens_are_fed") for name in SUPPORTED_ATTENTION),
+    *(
+        refused((name,), OTHER_MASKS, attn_implementation=name)
+        for name in ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "paged|eager")
+        if name not in SUPPORTED_ATTENTION
+    ),
+]
+
+AROUND = [
+    Row(("padded batches",), WORKS, "on the left", "test_generate.py::test_left_padded_prompts_of_very_different_lengths"),
+    Row(("several calls, chats",), WORKS, "", "test_generate.py::test_several_turns_with_one_cache"),
+    Row(("`pipeline`",), WORKS, "", "test_loading.py::test_pipeline"),
+    Row(("`transformers serve`, `transformers chat`",), WORKS, "", "test_readme.py::test_a_chat_with_the_server_is_answered_from_the_window"),
+    Row(("`torch.compile`",), WORKS, "the static mode", "test_static.py::test_a_model_that_the_user_compiled"),
+    Row(("a copy of a cache",), WORKS, "`copy.deepcopy`", "test_cache.py::test_a_deep_copy_goes_on_by_itself"),
+    Row(("saving and loading a cache",), WORKS, "`cache.save`, `SinkCache.load`; also quantized or offloaded", "test_stored_state.py::test_it_goes_on_with_the_same_bits"),
+    Row(("several threads",), WORKS, "each with its own cache", "test_threads.py::test_streams_in_threads_do_not_touch_each_other"),
+    Row(("PEFT adapters",), WORKS, "prompt tuning and prefix tuning are refused", "test_wrapped.py::test_adapters"),
+    Row(("`device_map`",), WORKS, "layers on several devices, weights in the memory of the host or on disk", "test_devices.py::test_weights_that_are_offloaded"),
+    Row(("tensor parallel",), WORKS, "", "test_distributed.py::test_layers_that_are_split_over_processes"),
+]  # fmt: skip
+
+OPTION = "option of `generate`"
+TABLES = {OPTION: OPTIONS, "cache": CACHES, "attention": ATTENTION, "beside these": AROUND}
+
+
+def unsupported() -> list[Row]:
+    """What `generate` refuses by name: one row for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in UNSUPPORTED_OPTIONS.items():
+        if name == "cache_implementation":
+            continue  # some work: the table of caches
+        names.setdefault(reason, []).append(name)
+    return [refused(tuple(group), reason, **dict.fromkeys(group, 2)) for reason, group in names.items()]
+
+
+def rows(head: str) -> list[Row]:
+    """Those of one table: what works, what has no effect, what is refused, what was not tried."""
+    found = TABLES[head] + (unsupported() if head == OPTION else [])
+    return sorted(found, key=lambda row: VERDICTS.index(row.verdict))
+
+
+def options_tables() -> str:
+    """Markdown. What is refused for the same reason shares a line."""
+    lines = []
+    for head in TABLES:
+        shown: dict[tuple, list[str]] = {}
+        for number, row in enumerate(rows(head)):
+            in_code = head in (OPTION, "attention")
+            names = [f"`{name}`" if in_code and " " not in name else name for name in row.names]
+            shown.setdefault((row.verdict, row.note, None if row.verdict == REFUSED else number), []).extend(names)
+        lines += [f"| {head} | | |", "|---|---|---|"]
+        lines += [
+            f"| {', '.join(names)} | {verdict} | {note} |".replace("|eager", "\\|eager")
+            for (verdict, note, _), names in shown.items()
+        ]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def report_models(args: argparse.Namespace) -> dict:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-
     found = verdicts()
-    new = table(found)
-    check_or_write_block(args, "compatibility", new)
-    print(new)
-    counts = {verdict: sum(entry["verdict"] == verdict for entry in found) for verdict in ("exact", "refused", "left out")}
+    text = models_table(found)
+    print(text)
+    check_or_write_block(args, "compatibility", text)
+    return {verdict: sum(entry["verdict"] == verdict for entry in found) for verdict in ("exact", "refused", "left out")}
+
+
+def report_options(args: argparse.Namespace) -> dict:
+    text = options_tables()
+    print(text)
+    check_or_write_block(args, "works-with", text)
+    every = [row for head in TABLES for row in rows(head)]
+    return {verdict: sum(len(row.names) for row in every if row.verdict == verdict) for verdict in VERDICTS}
+
+
+def main() -> None:
+    reports = {"options": report_options, "models": report_models}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=reports, default=[*reports], help="(default: both)")
+    add_block_arguments(parser)
+    args = parser.parse_args()
+    counts = {}
+    for name in args.tables:
+        counts[name] = reports[name](args)
+        print()
     print(json.dumps({"transformers": transformers.__version__, **counts}))
 
 

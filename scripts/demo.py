@@ -15,8 +15,10 @@ import time
 
 import torch
 import transformers
-from common import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, ROOT, add_model_arguments, load_model
 from transformers import TextStreamer
+
+from common import ROOT, add_model_arguments, load_model
+from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH
 
 PROMPT = '"""Read and write configuration files."""\n\nimport os\nimport sys\n\n\nclass Parser:\n    """'
 # Tokens over which the speed is taken, at the start (once the window is full, if it gets full) and at the end.

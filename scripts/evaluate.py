@@ -6,18 +6,19 @@ The same tokens go through every method, one method after the other, in one proc
     window      the most recent `window_length` tokens: no sinks
     sinks       `SinkCache`: sinks and the most recent tokens, `window_length` in all; and quantized as each `--quantized` says
     recompute   no cache: the last `window_length` tokens anew for each prediction
-    recompute-sinks   the same with the sinks in front, `window_length` in all: what a cache of them knows from before the window is gone
+    recompute-sinks   the same with the sinks in front, `window_length` in all: a cache knows more, from tokens that are evicted
 
 What is recomputed is slow: past the first window only every `--recompute-every`-th prediction is made.
 
-Texts are read in exact chunks: the logits are those of one token at a time, and memory is bounded by window and chunk, for streams of
-millions of tokens. Position t is that of the token being processed, which predicts the next; a standard error is that of the mean over
-texts, or with fewer than 8 of them over blocks of 64 tokens. Time is that of reading and scoring, on a CPU that of the process: what
-else runs there does not count. Nothing is drawn at random, so there is no seed.
+Texts are read in exact chunks: the logits are those of one token at a time, and memory is bounded by window and chunk, for
+streams of millions of tokens. Position t is that of the token being processed, which predicts the next; a standard error is that
+of the mean over texts, or with fewer than 8 of them over blocks of 64 tokens. Time is that of reading and scoring, on a CPU that
+of the process: what else runs there does not count. Nothing is drawn at random, so there is no seed.
 
-Each line of `--csv` is one method over one bucket of positions, written as soon as it is measured. Ctrl-C keeps what was: the exit status
-is 130 then, and `--resume` leaves out what the file has. (A stream that was cut is read again from its start.) Without it, the methods
-that are measured take the place of their former lines; lines of other models, texts, versions and so on stay.
+Each line of `--csv` is one method over one bucket of positions, written as soon as it is measured. Ctrl-C keeps what was: the
+exit status is 130 then, and `--resume` leaves out what the file has. (A stream that was cut is read again from its start.)
+Without it, the methods that are measured take the place of their former lines; lines of other models, texts, versions and so on
+stay.
 
     python scripts/evaluate.py
     python scripts/evaluate.py --model Qwen/Qwen3-0.6B --text book.txt --num-tokens 20000 --window-length 1024 --csv book.csv
@@ -42,10 +43,22 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import ROOT, add_model_arguments, count, describe_run, load_model, rounded, storage_bytes
-from custom_generate.generate import CACHE_NAME, SinkCache
-from stdlib_text import stdlib_text, unseen_text
 from tqdm import tqdm
+
+from common import (
+    ROOT,
+    add_model_arguments,
+    count,
+    describe_run,
+    load_model,
+    process_bytes,
+    rounded,
+    stdlib_text,
+    storage_bytes,
+    unseen_text,
+)
+from custom_generate.generate import SinkCache
+from custom_generate.releases import CACHE_NAME
 
 METHODS = ("full", "window", "sinks", "recompute", "recompute-sinks")
 QUANTIZED = "quantized"  # and its options: a method for each `--quantized`
@@ -54,13 +67,14 @@ MIN_NUM_TEXTS = 8  # for a standard error between texts
 BLOCK_LENGTH = 64  # tokens; else between blocks of so many, for neighbours are not independent
 RECOMPUTED_AT_ONCE = 8192  # tokens in one pass, of several windows
 
-# What was published, as defaults of the arguments. The "x+y" of both attends to the token being processed besides x sinks and y recent
-# tokens: it is window_length = x + y + 1 here. Their loops over single tokens and these chunks give the same predictions.
+# What was published, as defaults of the arguments. The "x+y" of both attends to the token being processed besides x sinks and y
+# recent tokens: it is window_length = x + y + 1 here. Their loops over single tokens and these chunks give the same predictions.
 PG19 = {"dataset": "emozilla/pg19-test", "dtype": "float16"}
 PRESETS = {
-    # https://arxiv.org/abs/2309.17453: book after book, each with the special tokens of a text, and the cache goes on from book to book
-    "paper-table-1": PG19 | {"num_tokens": 65_000, "window_length": [1025], "num_sink_tokens": [4], "methods": ["window", "sinks"],
-                             "special_tokens": "each"},
+    # https://arxiv.org/abs/2309.17453: book after book, each with the special tokens of a text, and the cache goes on from book
+    # to book
+    "paper-table-1": PG19 | {"num_tokens": 65_000, "window_length": [1025], "num_sink_tokens": [4],
+                             "methods": ["window", "sinks"], "special_tokens": "each"},
     "paper-table-2": PG19 | {"num_tokens": 400_000, "window_length": [4097], "num_sink_tokens": [1, 2, 4, 8],
                              "methods": ["window", "sinks"], "special_tokens": "each"},
     "paper-table-6": PG19 | {"num_tokens": 400_000, "window_length": [513, 1025, 2049, 4097], "num_sink_tokens": [4],
@@ -73,11 +87,11 @@ PUBLISHED = ROOT / "results" / "published.csv"
 
 # What tells one run from another; then what is measured.
 CONDITIONS = (
-    "text text_crc32 num_tokens skip_tokens special_tokens batch_size chunk_length bucket_length recompute_every model revision torch "
-    "transformers device device_name dtype num_threads"
+    "text text_crc32 num_tokens skip_tokens special_tokens batch_size chunk_length bucket_length recompute_every model revision "
+    "torch transformers device device_name dtype num_threads"
 ).split()
 METHOD_COLUMNS = ["method", "window_length", "num_sink_tokens"]
-MEASURED = "start stop num_predictions nats nats_stderr perplexity accuracy bytes_held ms_per_token".split()
+MEASURED = "start stop num_predictions nats nats_stderr perplexity accuracy bytes_held process_bytes ms_per_token".split()
 CSV_COLUMNS = ["date", "commit", "measure", *METHOD_COLUMNS, *MEASURED, *CONDITIONS, "python"]
 
 
@@ -149,8 +163,8 @@ def split_text(ids: list[int], num_skipped: int) -> tuple[list[int], list[int]]:
 def join_texts(texts: Iterator[str], tokenizer, length: int, is_each_special: bool) -> tuple[list[int], list[int]]:
     """Inputs and targets of a stream of up to `length` tokens.
 
-    With `is_each_special` every text has the special tokens that the tokenizer puts around texts, its first token is not predicted and its
-    last one not read. Else the first text has them, and the others go on from there.
+    With `is_each_special` every text has the special tokens that the tokenizer puts around texts, its first token is not
+    predicted and its last one not read. Else the first text has them, and the others go on from there.
     """
     inputs, targets = [], []
     for number, text in enumerate(texts):
@@ -206,7 +220,9 @@ class SinkReader:
         return self.cache.num_columns_at_once
 
     def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, slice]:
-        return self.model(**self.cache.prepare(tokens)).logits, slice(None)
+        num_parts = self.cache.num_parts_of(tokens.shape[1])  # of long chunks: as exact, and attention costs less
+        logits = self.model(**self.cache.prepare(tokens, num_parts=num_parts)).logits  # a row for each part
+        return logits.unflatten(0, (len(tokens), num_parts)).flatten(1, 2), slice(None)
 
     @property
     def num_bytes_held(self) -> int:
@@ -214,7 +230,7 @@ class SinkReader:
 
 
 class RecomputingReader:
-    """Sinks and the most recent tokens anew for each prediction; while that is all of the text, it is what the full cache gives."""
+    """Sinks and the most recent tokens anew for each prediction; while that is all of the text, it is the full cache."""
 
     num_bytes_held = 0  # between two predictions
 
@@ -332,6 +348,7 @@ class Bucket:
             "perplexity": perplexity(mean),
             "accuracy": torch.cat(self.hits, dim=1).double().mean().item() if nats.numel() else math.nan,
             "bytes_held": num_bytes_held,
+            "process_bytes": process_bytes(),
             "ms_per_token": 1000 * self.seconds / max(self.num_read, 1),
         }
 
@@ -383,8 +400,8 @@ def measure(reader, stream: Stream, args, num_tokens: int, on_row, progress: tqd
 
 def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats of the targets `[batch, num_predictions]`, and whether they are the likeliest tokens."""
-    nats = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-    return nats, logits.argmax(-1) == targets
+    nats = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.view_as(targets), logits.argmax(-1) == targets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,7 +473,7 @@ def over(rows: list[dict[str, str]], start: int, stop: int) -> dict:
 
 
 def table_edges(args) -> list[int]:
-    """Where the columns of the table begin and end: multiples of the shortest window, each twice as far as the last, or farther."""
+    """Where the columns of the table begin and end: multiples of the shortest window, each at least twice as far as the last."""
     window_length = min(args.window_length)
     factor = 2
     while window_length * factor**6 < args.num_tokens:

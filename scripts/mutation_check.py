@@ -1,9 +1,9 @@
 """Does the test suite notice when generate.py is wrong? Small changes, one at a time, and the tests that ought to fail.
 
-`MUTATIONS` are written by hand: what to look for, which must stand in the file exactly once, and what to put there. `--automatic` adds
-those that a program makes: comparisons and signs the other way, 1 for 2, min for max, statements left out. The tests run in a copy of
-the repository; those that fail fastest come first, and the first failure is enough. What no test notices is listed at the end; a
-change that makes no difference stands in `EQUIVALENT`, with the reason. The last line is one JSON document.
+`MUTATIONS` are written by hand: what to look for, which must stand in the file exactly once, and what to put there. `--automatic`
+adds those that a program makes: comparisons and signs the other way, 1 for 2, min for max, statements left out. The tests run in
+a copy of the repository; those that fail fastest come first, and the first failure is enough. What no test notices is listed at
+the end; a change that makes no difference stands in `EQUIVALENT`, with the reason. The last line is one JSON document.
 
     python scripts/mutation_check.py                                   # the list: about half an hour on one core
     python scripts/mutation_check.py --only "slot" "sinks" --jobs 2    # those with such a name

@@ -1,18 +1,21 @@
-"""Figures of what was measured: reads CSV files, measures nothing.
+"""The figures of the README and of docs/: of what was measured, from CSV files; and of what a small cache keeps, from its code.
 
 Of speed (scripts/benchmark.py), every point is a row of the file, a median, in a band from quartile to quartile. Of text
-(scripts/evaluate.py, scripts/stream_eval.py), every row is drawn, and what is smoothed lies on top of it. Rows of different models,
-devices, batches and so on go to a figure each; where a row was measured more than once, the last one counts.
+(scripts/evaluate.py, scripts/stream_eval.py), every row is drawn, and what is smoothed lies on top of it. Rows of different
+models, devices, batches and so on go to a figure each; where a row was measured more than once, the last one counts.
 
     python scripts/evaluate.py
     python scripts/stream_eval.py
     python scripts/plot.py
     python scripts/plot.py --figures time_by_window --results-dir results --output-dir figures
-    python scripts/plot.py --write  # and the table of speed into the README
+    python scripts/plot.py --figures kept      the picture of what is kept, for which nothing has to be measured
+    python scripts/plot.py --write             and the table of speed into its page
 """
 
 import argparse
 import csv
+import io
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -20,13 +23,21 @@ from math import exp
 from pathlib import Path
 from statistics import mean, median
 
-from common import ROOT, add_block_arguments, check_or_write_block
+import torch
+from tqdm import tqdm
 
-from figures import FULL_COLOR, RECENT, SINK, load_pyplot, print_paths, save
+from common import ROOT, add_block_arguments, check_or_write_block
+from custom_generate.window import Window
 
 Row = dict[str, str]
 
-# Method -> color, line and label. Colors stay apart for the color-blind; methods of a kind share one, and a label stands at each line.
+# Colors that stay apart for the color-blind, and in gray.
+SINK, RECENT, EVICTED, FULL_COLOR, INK = "#D55E00", "#56B4E9", "#E9E9E9", "#444444", "#222222"
+# The window of the drawing of what is kept: small, so that each token can be seen.
+KEPT = "kept"
+DRAWN_WINDOW, DRAWN_SINKS, DRAWN_TOKENS = 8, 2, 16
+
+# Method -> color, line and label. Methods of a kind share a color, and a label stands at each line.
 BLUE, GREEN, PURPLE, ORANGE, GRAY = "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#8C8C8C"
 SOLID, DASHED, DOTTED = "-", (0, (5, 2)), (0, (1, 1.5))
 METHOD_STYLES = {
@@ -54,6 +65,71 @@ METHOD_STYLES = {
 CONDITIONS = ("model", "device_name", "dtype", "num_threads", "batch_size")
 LABEL_HEIGHT = 13.0  # points from one label to the next
 LOG_FROM = 8  # the least ratio of largest to smallest time for which a logarithmic axis is drawn
+
+
+def load_pyplot():
+    """matplotlib's pyplot, drawing to files only."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("scripts/plot.py draws with matplotlib, which is not installed: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure, path: Path, num_colors: int = 64) -> None:
+    """As PNG with a palette, which takes a third of the bytes."""
+    from PIL import Image  # matplotlib needs it, too
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, facecolor="white", bbox_inches="tight", pad_inches=0.15)
+    Image.open(buffer).convert("RGB").quantize(num_colors, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+# The picture of what is kept: nothing is measured for it
+
+
+def draw_kept(plt, path: Path) -> None:
+    """One row for each token that is processed, one column for each token of the text."""
+    window = Window(DRAWN_WINDOW, DRAWN_SINKS)
+    tokens = torch.arange(DRAWN_TOKENS)
+    figure, axes = plt.subplots(figsize=(8.4, 6.2))
+    for query in range(DRAWN_TOKENS):
+        kept = [key for key in range(query + 1) if window.sees(tokens[query], tokens[key])]
+        for key in range(query + 1):
+            color = EVICTED if key not in kept else SINK if key < window.num_sinks else RECENT
+            axes.add_patch(plt.Rectangle((key + 0.04, query + 0.04), 0.92, 0.92, color=color, linewidth=0))
+            if key in kept:
+                weight = "bold" if key == query else "normal"
+                text_color = "white" if key < window.num_sinks else INK
+                axes.text(
+                    key + 0.5, query + 0.53, kept.index(key), ha="center", va="center", color=text_color, weight=weight, size=11
+                )
+    axes.axhline(window.length, color=INK, linewidth=1, linestyle=(0, (4, 3)), xmax=0.995)
+    axes.text(DRAWN_TOKENS - 0.1, window.length - 0.16, "the window is full", ha="right", va="bottom", size=11, color=INK)
+    axes.text(
+        DRAWN_TOKENS - 0.1, 0.12,
+        f"window_length={window.length}, num_sink_tokens={window.num_sinks}\n\n"
+        "The numbers are the positions\nas the model sees them:\nnever more than the window.",
+        ha="right", va="top", size=11, color=INK, linespacing=1.35,
+    )  # fmt: skip
+    names = {"sink: never evicted": SINK, "most recent tokens": RECENT, "evicted": EVICTED}
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color, linewidth=0, label=name) for name, color in names.items()]
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=11)
+    axes.set(xlim=(0, DRAWN_TOKENS), ylim=(DRAWN_TOKENS, 0), aspect="equal")
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    for axis, label in ((axes.xaxis, "token of the text"), (axes.yaxis, "token being processed")):
+        axis.set_ticks([index + 0.5 for index in range(DRAWN_TOKENS)], range(DRAWN_TOKENS))
+        axis.set_label_text(label, size=11)
+    axes.tick_params(length=0, labelsize=10)
+    axes.spines[:].set_visible(False)
+    save(figure, path)
+
+
+# Speed: what scripts/benchmark.py has written
 
 
 def line_plot(plt, path: Path, rows: list[Row], x: str, y: str, labels: tuple[str, str], band=(), scale: float = 1.0) -> None:
@@ -106,8 +182,8 @@ def label_axes(axes, labels: tuple[str, str]) -> None:
 
 
 def label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """A label right of the end of each line: at its height, or as near as the others allow. Lines that end before the edge have labels
-    among themselves."""
+    """A label right of the end of each line: at its height, or as near as the others allow. Lines that end before the edge have
+    labels among themselves."""
     from matplotlib.patheffects import withStroke
 
     points = axes.figure.dpi / 72
@@ -117,8 +193,8 @@ def label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
         heights = [axes.transData.transform(end[:2])[1] / points for end in group]
         for (x, y, label, color), height, free in zip(group, heights, apart(heights, LABEL_HEIGHT)):
             axes.annotate(
-                label, (x, y), xytext=(7, free - height), textcoords="offset points", color=color, size=10, va="center", weight="bold",
-                path_effects=[withStroke(linewidth=4, foreground="white")],
+                label, (x, y), xytext=(7, free - height), textcoords="offset points", color=color, size=10, va="center",
+                weight="bold", path_effects=[withStroke(linewidth=4, foreground="white")],
             )  # fmt: skip
 
 
@@ -163,8 +239,8 @@ def draw_time_by_window(plt, path: Path, rows: list[Row]) -> None:
 
 
 def speed_table(rows: list[Row]) -> str:
-    """Markdown: milliseconds a token of each method and window, and behind it the ratio to the reference with its quartiles. Where it was
-    measured more than once, the last row counts."""
+    """Markdown: milliseconds a token of each method and window, and behind it the ratio to the reference with its quartiles.
+    Where it was measured more than once, the last row counts."""
     rows = [row for row in rows if row["measure"] == "decode" and row["batch_size"] == "1"]
     found = {(row["method"], int(row["window_length"])): row for row in rows}
     windows = sorted({window for _, window in found})
@@ -200,7 +276,7 @@ READ_STYLES = {
     "recompute-sinks": (ORANGE, "{num_sink_tokens} sinks + recent, recomputed"),
 }
 LINES = SOLID, DASHED, DOTTED
-TRAINED_LENGTHS = {"tiny": 256}
+TRAINED_LENGTHS = {"tiny": 256, "smollm2": 8192}
 SMOOTHED_BUCKETS = 7
 
 
@@ -261,8 +337,8 @@ def draw_perplexity_by_position(plt, path: Path, rows: list[Row]) -> None:
     for length, text in marks.items():
         axes.axvline(length, color="#222222", linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
-            text, (length, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3), textcoords="offset points", rotation=90, ha="right",
-            va="top", size=9, color="#222222",
+            text, (length, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3), textcoords="offset points", rotation=90,
+            ha="right", va="top", size=9, color="#222222",
         )  # fmt: skip
     figure.canvas.draw()
     label_ends(axes, ends)
@@ -273,6 +349,18 @@ def draw_perplexity_by_position(plt, path: Path, rows: list[Row]) -> None:
     axes.text(0, -0.17, note, transform=axes.transAxes, size=9, color="#666666")
     save(figure, path, num_colors=256)
     plt.close(figure)
+
+
+def draw_real_model(plt, path: Path, rows: list[Row]) -> None:
+    """The same picture of a real model: the shortest and the longest window that were measured, without sinks and with four."""
+    rows = [row for row in rows if row["dtype"] == "float32" and row["method"] in READ_STYLES]
+    lengths = sorted({int(row["window_length"]) for row in rows if row["method"] == "sinks"})
+    shown = {str(length) for length in (lengths[:1] + lengths[-1:])}
+    draw_perplexity_by_position(
+        plt,
+        path,
+        [row for row in rows if row["method"] == "full" or (row["window_length"] in shown and row["num_sink_tokens"] in "04")],
+    )
 
 
 def draw_cost_by_position(plt, path: Path, rows: list[Row]) -> None:
@@ -301,7 +389,8 @@ def draw_cost_by_position(plt, path: Path, rows: list[Row]) -> None:
         axes.xaxis.set_major_locator(LogLocator(10))
     panels[0].legend(frameon=False, fontsize=10, loc="best")
     row = rows[-1]
-    note = f"{row['model']}, one text read in chunks of {row['chunk_length']} tokens, {row['device_name']}, {row['num_threads']} thread"
+    note = f"{row['model']}, one text read in chunks of {row['chunk_length']} tokens, {row['device_name']}, "
+    note += f"{row['num_threads']} thread"
     panels[0].text(
         0,
         -0.2,
@@ -324,8 +413,8 @@ def draw_recall_by_distance(plt, path: Path, rows: list[Row]) -> None:
         color, line, label = style(points[0], rows)
         windows = [float(point["token_distance"]) / int(window_length or longest) for point in points]
         axes.plot(
-            windows, [float(point[column]) for point in points], color=color, linestyle=line, linewidth=2, marker="o", markersize=4,
-            label=label,
+            windows, [float(point[column]) for point in points], color=color, linestyle=line, linewidth=2, marker="o",
+            markersize=4, label=label,
         )  # fmt: skip
         if is_copy:
             first = [float(point["first_token_accuracy"]) for point in points]
@@ -346,11 +435,14 @@ def draw_recall_by_distance(plt, path: Path, rows: list[Row]) -> None:
     plt.close(figure)
 
 
-# Name -> the file that it needs, which of its measurements, what rows of one figure have in common, the function that draws them, and
-# the script that measures. Where a figure shows no times, it makes no difference which processor measured them, on how many threads.
+# Name -> the file that it needs, which of its measurements, what rows of one figure have in common, the function that draws them,
+# and the script that measures. Where a figure shows no times, it makes no difference which processor measured them, on how many
+# threads.
 TEXT = "model", "text", "dtype", "batch_size"
 FIGURES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Callable, str]] = {
     "perplexity_by_position": ("evaluate.csv", ("stream",), (*TEXT, "text_crc32"), draw_perplexity_by_position, "evaluate"),
+    "real_models": ("smollm2.csv", ("stream",), ("model",), draw_real_model, "evaluate"),
+    "real_models_gemma3": ("gemma3.csv", ("stream",), ("model",), draw_real_model, "evaluate"),
     "cost_by_position": ("cost.csv", ("stream",), ("model", "text", "device_name"), draw_cost_by_position, "evaluate"),
     "recall_by_distance": ("recall.csv", ("recall",), (*TEXT, "task"), draw_recall_by_distance, "stream_eval"),
     "time_by_position": ("benchmark.csv", ("stream",), (*CONDITIONS, "window_length"), draw_time_by_position, "benchmark"),
@@ -371,6 +463,9 @@ def groups(rows: list[Row], columns: tuple[str, ...]) -> dict[str, list[Row]]:
 
 def draw(plt, name: str, results_dir: Path, output_dir: Path) -> list[Path]:
     """The files of one figure: none if nothing was measured for it, which is said."""
+    if name == KEPT:
+        draw_kept(plt, output_dir / f"{KEPT}.png")
+        return [output_dir / f"{KEPT}.png"]
     file_name, measures, columns, function, script = FIGURES[name]
     path = results_dir / file_name
     rows = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
@@ -386,7 +481,8 @@ def draw(plt, name: str, results_dir: Path, output_dir: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figures", nargs="+", choices=FIGURES, default=[*FIGURES], help="(default: all)")
+    names = [KEPT, *FIGURES]
+    parser.add_argument("--figures", nargs="+", choices=names, default=names, help="(default: all)")
     parser.add_argument(
         "--results-dir", type=Path, default=ROOT / "results", help="where the CSV files are (default: %(default)s)"
     )
@@ -396,14 +492,16 @@ def main() -> None:
     if args.check or args.write:
         with (args.results_dir / "benchmark.csv").open(encoding="utf-8") as file:
             check_or_write_block(args, "speed", speed_table(list(csv.DictReader(file))))
-    plt = load_pyplot("scripts/plot.py")
+    plt = load_pyplot()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    paths = [path for name in args.figures for path in draw(plt, name, args.results_dir, args.output_dir)]
+    paths = []
+    for name in tqdm(args.figures, desc="figures", disable=None):
+        paths += draw(plt, name, args.results_dir, args.output_dir)
     if not paths:
         sys.exit(
             f"Nothing in {args.results_dir} to draw. Measure first: scripts/evaluate.py --csv {args.results_dir}/evaluate.csv"
         )
-    print_paths(paths)
+    print(json.dumps({"figures": [str(path) for path in paths], "bytes": [path.stat().st_size for path in paths]}))
 
 
 if __name__ == "__main__":

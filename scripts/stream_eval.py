@@ -1,19 +1,20 @@
 """How far back a model can look something up in a stream, with each kind of cache: recall by distance.
 
-    copy    a passage of real text comes again, so many tokens later: how well is it predicted, against the first time? Any base model
-            can do that, also the tiny one
+    copy    a passage of real text comes again, so many tokens later: how well is it predicted, against the first time? Any base
+            model can do that, also the tiny one
     lines   StreamEval, made anew from its description (https://arxiv.org/abs/2309.17453, section 4.3 and appendix C): lines like
-            "The REGISTER_CONTENT in line 20 is <45603>", and every --query-every lines a query for the line --distance lines back. For
-            models that understand it, as they are: the text is raw, as in the paper
+            "The REGISTER_CONTENT in line 20 is <45603>", and every --query-every lines a query for the line --distance lines
+            back. For models that understand it, as they are: the text is raw, as in the paper
 
-The same streams go through every method (scripts/evaluate.py says what these are). What is scored are the logits: an answer is right if
-each of its tokens is the likeliest after the text before it, which is what greedy decoding would write. The stream goes on with the right
-answer. Ctrl-C keeps what was measured: the exit status is 130 then.
+The same streams go through every method (scripts/evaluate.py says what these are). What is scored are the logits: an answer is
+right if each of its tokens is the likeliest after the text before it, which is what greedy decoding would write. The stream goes
+on with the right answer. Ctrl-C keeps what was measured: the exit status is 130 then.
 
     python scripts/stream_eval.py
     python scripts/stream_eval.py --window-length 64 128 --methods full window sinks --csv results/recall.csv
     python scripts/stream_eval.py --task lines --model togethercomputer/Llama-2-7B-32K-Instruct --dtype float16 \\
-        --distance 20 40 60 80 100 150 200 --num-queries 100 --num-streams 100 --window-length 2049 4097 --methods sinks --csv lines.csv
+        --distance 20 40 60 80 100 150 200 --num-queries 100 --num-streams 100 \\
+        --window-length 2049 4097 --methods sinks --csv lines.csv
 
 Published figures for lines stand in results/published_stream_eval.csv, and are printed beside the measured ones.
 """
@@ -29,6 +30,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
+
 from common import ROOT, add_model_arguments, count, describe_run, load_model
 from evaluate import (
     METHOD_COLUMNS,
@@ -44,7 +47,6 @@ from evaluate import (
     score,
     standard_error,
 )
-from tqdm import tqdm
 
 HEADER = "Below is a record of lines I want you to remember.\n"
 LARGEST_NUMBER = 50_000  # of a register
@@ -56,7 +58,8 @@ DISTANCES = (0.25, 0.5, 0.75, 0.875, 0.9375, 1, 1.0625, 1.125, 1.25, 1.5, 2)
 PUBLISHED = ROOT / "results" / "published_stream_eval.csv"
 
 CONDITIONS = (
-    "task query_every num_queries num_streams seed text model revision torch transformers device device_name dtype num_threads batch_size"
+    "task query_every num_queries num_streams seed text model revision torch transformers device device_name dtype num_threads "
+    "batch_size"
 ).split()
 MEASURED = (
     "distance token_distance num_answers accuracy accuracy_stderr nats token_accuracy first_nats first_token_accuracy".split()

@@ -19,11 +19,12 @@ import time
 from pathlib import Path
 
 import torch
-from stdlib_text import stdlib_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from common import stdlib_text
 
 CONTEXT_LENGTH = 256
 VOCAB_SIZE = 2048

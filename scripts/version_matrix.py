@@ -1,13 +1,13 @@
 """Run the tests with every minor release of transformers, each in an environment of its own, and write down what came out.
 
 Torch and pytest are installed once and shared, a release adds only what it brings itself: about 150 MB. Environments are kept, so
-that a second run starts at once. Each row of the table is written as soon as it is measured; a run of some releases replaces their
-rows only. The last line is one JSON document.
+that a second run starts at once. Each row of the table is written as soon as it is measured; a run of some releases replaces
+their rows only. The last line is one JSON document.
 
     python scripts/version_matrix.py                                     # all releases, about three minutes each
-    python scripts/version_matrix.py --releases 4.52 newest
+    python scripts/version_matrix.py --releases 4.57 newest --end-to-end
     python scripts/version_matrix.py --releases 5.23 --python python3.13 --torch 2.9.1
-    python scripts/version_matrix.py --write                             # the table into the README, nothing is run
+    python scripts/version_matrix.py --write                             # the table into its page, nothing is run
 """
 
 import argparse
@@ -23,14 +23,16 @@ import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import ROOT, write_readme_block
 from packaging.version import Version
 from tqdm import tqdm
+
+from common import ROOT, write_page_block
 
 TABLE = ROOT / "results" / "releases.csv"
 COLUMNS = ("release", "python", "torch", "huggingface_hub", "passed", "skipped", "failed", "seconds")
 OLDEST = re.search(r"transformers>=([\d.]+)", (ROOT / "custom_generate" / "requirements.txt").read_text()).group(1)
-# The rules on every family that a release has, the cache and generate. What is left out is about the newest release, or the scripts.
+# The rules on every family that a release has, the cache and generate. What is left out is about the newest release, or the
+# scripts.
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in "families invariants cache generate beams assisted quantized offloaded state stored_state".split()
@@ -88,7 +90,8 @@ class Environments:
 
 def measure(interpreter: Path, release: str, tests: list[str]) -> dict:
     """One row of the table."""
-    what = "import importlib.metadata as m, platform; print(platform.python_version(), m.version('torch'), m.version('huggingface_hub'))"
+    what = "import platform; from importlib.metadata import version; "
+    what += "print(platform.python_version(), version('torch'), version('huggingface_hub'))"
     python, torch, hub = run_or_stop(interpreter, "-c", what).split()
     row = {"release": release, "python": python, "torch": torch.split("+")[0], "huggingface_hub": hub}
     start = time.perf_counter()
@@ -116,9 +119,10 @@ def read_table() -> list[dict]:
 
 
 def write_row(row: dict) -> None:
-    """Into the table, in the place of an older one."""
+    """Into the table, in the place of a row of the same release; rows of releases that are no longer served go."""
     key = row_key(row)
-    rows = sorted([other for other in read_table() if row_key(other) != key] + [row], key=row_key)
+    kept = [other for other in read_table() if row_key(other) != key and Version(other["release"]) >= Version(OLDEST)]
+    rows = sorted([*kept, row], key=row_key)
     TABLE.parent.mkdir(exist_ok=True)
     with open(TABLE, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -142,7 +146,9 @@ def main() -> None:
     parser.add_argument("--torch", default="2.13.0", help="release of torch (default: %(default)s)")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="what pytest is to run (default: %(default)s)")
     parser.add_argument(
-        "--end-to-end", action="store_true", help="also publish to a Hub on loopback, load in every documented way, and compile"
+        "--end-to-end",
+        action="store_true",
+        help="also publish to a Hub on loopback, load the one file from there, the modules from a folder, in every way; compile",
     )
     parser.add_argument("--jobs", type=int, default=1, help="releases at a time (default: %(default)s)")
     parser.add_argument(
@@ -151,10 +157,10 @@ def main() -> None:
         default=ROOT / ".venv" / "matrix",
         help="folder to keep environments in (default: %(default)s)",
     )
-    parser.add_argument("--write", action="store_true", help="write the table into the README, and run nothing")
+    parser.add_argument("--write", action="store_true", help="write the table into its page, and run nothing")
     args = parser.parse_args()
     if args.write:
-        write_readme_block("releases", markdown_table(read_table()))
+        write_page_block("releases", markdown_table(read_table()))
         return
 
     tests = [*args.tests, *(END_TO_END if args.end_to_end else ())]

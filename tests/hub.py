@@ -4,9 +4,9 @@
         subprocess.run(..., env={"HF_ENDPOINT": hub.url, "HF_TOKEN": "a token", "HF_HUB_DISABLE_XET": "1", ...})
         hub.repos["org/name"].files()
 
-It keeps to what the Hub does in the cases that matter here: every commit is all or nothing and has an id that follows from its content,
-private repositories hide from those who may not read them, tokens that only read can't write, large files go through LFS. Requests
-it does not know are answered with 404 and stand in `unknown`.
+It keeps to what the Hub does in the cases that matter here: every commit is all or nothing and has an id that follows from its
+content, private repositories hide from those who may not read them, tokens that only read can't write, large files go through LFS.
+Requests it does not know are answered with 404 and stand in `unknown`.
 """
 
 import base64
@@ -17,7 +17,7 @@ import re
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,38 +30,34 @@ class File:
         return hashlib.sha256(self.content).hexdigest()
 
     @property
-    def blob(self) -> bytes:
-        """What git stores: of a large file, a pointer."""
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
-        return pointer.encode() if self.is_large else self.content
-
-    @property
     def oid(self) -> str:
-        return hashlib.sha1(b"blob %d\0" % len(self.blob) + self.blob).hexdigest()
+        """Git's hash of what it stores: of a large file, a pointer."""
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
+        blob = pointer.encode() if self.is_large else self.content
+        return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
 
     def entry(self, path: str) -> dict:
-        large = {"lfs": {"oid": self.sha256, "size": len(self.content), "pointerSize": len(self.blob)}} if self.is_large else {}
+        large = {"lfs": {"oid": self.sha256, "size": len(self.content), "pointerSize": 130}} if self.is_large else {}
         return {"type": "file", "path": path, "size": len(self.content), "oid": self.oid} | large
 
 
 class Repo:
-    def __init__(self, is_private: bool):
+    """Its main branch, and the tags on it."""
+
+    def __init__(self, is_private: bool = False):
         self.is_private = is_private
         self.commits: dict[str, dict[str, File]] = {}
-        self.messages: dict[str, str] = {}
-        self.branches: dict[str, str] = {}
         self.tags: dict[str, str] = {}
-        self.pulls: dict[str, str] = {}
-        self.branches["main"] = self.commit(None, {".gitattributes": File(b"*.safetensors filter=lfs\n")}, "initial commit")
+        self.main = self.commit(None, {".gitattributes": File(b"*.safetensors filter=lfs\n")})
 
-    def commit(self, parent: str | None, files: dict[str, File], message: str) -> str:
-        content = [parent, message, sorted((path, file.oid) for path, file in files.items())]
+    def commit(self, parent: str | None, files: dict[str, File]) -> str:
+        content = [parent, sorted((path, file.oid) for path, file in files.items())]
         oid = hashlib.sha1(json.dumps(content).encode()).hexdigest()
-        self.commits[oid], self.messages[oid] = files, message
+        self.commits[oid] = files
         return oid
 
     def resolve(self, revision: str) -> str | None:
-        oid = (self.branches | self.tags | self.pulls).get(revision, revision)
+        oid = ({"main": self.main} | self.tags).get(revision, revision)
         return oid if oid in self.commits else None
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
@@ -77,9 +73,9 @@ class Hub:
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.unknown: list[tuple[str, str]] = []
-        # What goes wrong, in this order: part of a path, and "lost", the connection breaks within such a request; "answer lost", it
-        # breaks when all is done; the status of a refusal; or a function to call before.
-        self.faults: list[tuple[str, str | int | Callable]] = []
+        # What goes wrong next: part of a path, and the status of a refusal, a function to call before, or "answer lost", where the
+        # connection breaks when all is done.
+        self.fault: tuple[str, int | str | Callable] | None = None
         self.swapped: dict[str, bytes] = {}  # path of a file -> what is served in its place
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -97,9 +93,9 @@ class Hub:
 class Answer(Exception):
     """Ends the handling of a request."""
 
-    def __init__(self, status: int, code: str | None = None, message: str | None = None):
+    def __init__(self, status: int, code: str | None = None, message: str | None = None, **headers: str):
         self.status = status
-        self.headers = {"X-Error-Code": code, "X-Error-Message": message}
+        self.headers = {"X-Error-Code": code, "X-Error-Message": message} | headers
         self.content = json.dumps({"error": message or code}).encode()
 
 
@@ -133,26 +129,24 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def handle_request(self) -> None:
-        url = urlsplit(self.path)
-        self.query = parse_qs(url.query)
-        self.hub.requests.append((self.command, url.path))
-        fault = self._next_fault(url.path)
-        length = int(self.headers.get("Content-Length", 0))
-        if fault == "lost":
-            self.rfile.read(length // 2)
-            return self._hang_up()
-        self.body = self.rfile.read(length)
+        path = urlsplit(self.path).path
+        self.hub.requests.append((self.command, path))
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = None
+        if self.hub.fault and self.hub.fault[0] in path:
+            (_, fault), self.hub.fault = self.hub.fault, None
         try:
             if callable(fault):
                 fault()
             if isinstance(fault, int):
                 raise Answer(fault, None, "Not now")
-            headers, content = self._route(url.path)
+            headers, content = self._route(path)
             status = 200
         except Answer as answer:
             status, headers, content = answer.status, answer.headers, answer.content
         if fault == "answer lost":
-            return self._hang_up()
+            self.close_connection = True
+            return self.connection.close()
         self.send_response(status)
         for name, value in ({"Content-Length": len(content)} | headers).items():
             if value is not None:
@@ -162,14 +156,6 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
-
-    def _next_fault(self, path: str):
-        if self.hub.faults and self.hub.faults[0][0] in path:
-            return self.hub.faults.pop(0)[1]
-
-    def _hang_up(self) -> None:
-        self.close_connection = True
-        self.connection.close()
 
     def _route(self, path: str) -> tuple[dict, bytes]:
         for method, pattern, name in ROUTES:
@@ -195,18 +181,13 @@ class Handler(BaseHTTPRequestHandler):
         right = self._right()
         if right is None:
             raise to_nobody()
-        if right != "write" and "create_pr" not in self.query:  # whoever may read may propose
+        if right != "write":
             raise Answer(403, None, "You don't have the rights to write here")
 
-    def _repo(self, id: str) -> Repo:
-        right = self._right()
-        repo = self.hub.repos.get(id)
+    def _commit_of(self, id: str, revision: str) -> tuple[Repo, str]:
+        right, repo = self._right(), self.hub.repos.get(id)
         if repo is None or (repo.is_private and right is None):
             raise Answer(404, "RepoNotFound", "Repository not found") if right else to_nobody()
-        return repo
-
-    def _commit_of(self, id: str, revision: str) -> tuple[Repo, str]:
-        repo = self._repo(id)
         oid = repo.resolve(revision)
         if oid is None:
             raise Answer(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -220,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         id = f"{wanted['organization']}/{wanted['name']}"
         if id in self.hub.repos:
             raise Answer(409, None, "You already created this model repo")
-        self.hub.repos[id] = Repo(bool(wanted.get("private")) or wanted.get("visibility") == "private")
+        self.hub.repos[id] = Repo()
         return {"url": f"{self.hub.url}/{id}"}
 
     def validate_yaml(self) -> dict:
@@ -229,21 +210,20 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, id: str, revision: str) -> dict:
         repo, oid = self._commit_of(id, revision)
         self._check_writer()
+        there = repo.commits[oid]
         files = [
             {
                 "path": file["path"],
                 "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
                 "shouldIgnore": False,
-                "oid": repo.commits[oid][file["path"]].oid if file["path"] in repo.commits[oid] else None,
+                "oid": there[file["path"]].oid if file["path"] in there else None,
             }
             for file in json.loads(self.body)["files"]
         ]
         return {"files": files}
 
     def large_batch(self, id: str) -> dict:
-        self._repo(id)
-        if self._right() is None:
-            raise to_nobody()
+        self._check_writer()
         objects = json.loads(self.body)["objects"]
         for wanted in objects:
             if wanted["oid"] not in self.hub.large:
@@ -259,11 +239,10 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, id: str, revision: str) -> dict:
         repo, head = self._commit_of(id, revision)
         self._check_writer()
-        lines = [json.loads(line) for line in self.body.splitlines()]
-        header = lines.pop(0)["value"]
-        if revision not in repo.branches | repo.pulls:
+        header, *lines = (json.loads(line) for line in self.body.splitlines())
+        if revision != "main":
             raise Answer(404, "RevisionNotFound", f"{revision} is no branch")
-        if header.get("parentCommit") not in (None, head):
+        if header["value"].get("parentCommit") not in (None, head):
             raise Answer(412, None, "A commit has happened since. Please refresh and try again.")
         files = dict(repo.commits[head])
         for line in lines:
@@ -276,14 +255,8 @@ class Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 raise Answer(400, None, f"Can't do {line['key']} of {value['path']}")
-        oid = repo.commit(head, files, header["summary"])
-        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{id}/commit/{oid}", "hookOutput": ""}
-        if "create_pr" in self.query:
-            number = len(repo.pulls) + 1
-            repo.pulls[f"refs/pr/{number}"] = oid
-            return answer | {"pullRequestUrl": f"{self.hub.url}/{id}/discussions/{number}"}
-        (repo.branches if revision in repo.branches else repo.pulls)[revision] = oid
-        return answer
+        repo.main = repo.commit(head, files)
+        return {"success": True, "commitOid": repo.main, "commitUrl": f"{self.hub.url}/{id}/commit/{repo.main}", "hookOutput": ""}
 
     def tag(self, id: str, revision: str) -> dict:
         repo, oid = self._commit_of(id, revision)
@@ -302,18 +275,9 @@ class Handler(BaseHTTPRequestHandler):
         return {"id": id, "modelId": id, "sha": oid, "private": repo.is_private, "tags": [], "siblings": siblings}
 
     def refs(self, id: str) -> dict:
-        repo = self._repo(id)
-
-        def listed(prefix: str, refs: dict[str, str]) -> list[dict]:
-            return [{"name": name, "ref": f"{prefix}{name}", "targetCommit": oid} for name, oid in refs.items()]
-
-        pulls = listed("", repo.pulls) if "include_prs" in self.query else []
-        return {
-            "branches": listed("refs/heads/", repo.branches),
-            "tags": listed("refs/tags/", repo.tags),
-            "pullRequests": pulls,
-            "converts": [],
-        }
+        repo, _ = self._commit_of(id, "main")
+        tags = [{"name": name, "ref": f"refs/tags/{name}", "targetCommit": oid} for name, oid in repo.tags.items()]
+        return {"branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": repo.main}], "tags": tags, "converts": []}
 
     def tree(self, id: str, revision: str, path: str | None = None) -> list[dict]:
         repo, oid = self._commit_of(id, revision)
@@ -325,10 +289,7 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, id: str, revision: str, path: str) -> tuple[dict, bytes]:
         repo, oid = self._commit_of(id, revision)
         file = repo.commits[oid].get(path)
-        headers = {"X-Repo-Commit": oid}
         if file is None:
-            answer = Answer(404, "EntryNotFound", "Entry not found")
-            answer.headers |= headers
-            raise answer
+            raise Answer(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": oid})
         file = File(self.hub.swapped.get(path, file.content), file.is_large)
-        return headers | {"ETag": f'"{file.sha256 if file.is_large else file.oid}"'}, file.content
+        return {"X-Repo-Commit": oid, "ETag": f'"{file.sha256 if file.is_large else file.oid}"'}, file.content

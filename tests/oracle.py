@@ -62,6 +62,11 @@ def states_of(cache: DynamicCache, index: int) -> tuple[torch.Tensor, ...] | Non
     return (keys, layer.values) + (() if indexer_keys is None else (indexer_keys[:, None],))
 
 
+def by_token(cache: DynamicCache, num_layers: int) -> list[list[tuple]]:
+    """The states of each token, by layer: of the last tokens only, where a layer holds no more."""
+    return [list(zip(*(each.split(1, dim=2) for each in states_of(cache, index) or ()))) for index in range(num_layers)]
+
+
 def put(kept: list[tuple], cache: DynamicCache, index: int) -> None:
     """States of tokens, of the kind that `states_of` finds, into one layer of a new cache."""
     keys, values, *indexer_keys = (torch.cat(states, 2) for states in zip(*kept))
@@ -95,13 +100,15 @@ def oracle_logits(
     sinks: torch.Tensor | None = None,
     shift: bool = True,
     seen_as=None,
+    num_at_once: int = 0,
 ) -> torch.Tensor:
     """Logits `[1, num_tokens, vocab]` for one row without padding.
 
     `sinks` (other tokens in their place) and `shift=False` (sinks left where they were) make a wrong oracle on purpose.
-    `seen_as(layer, token, stored)` gives the keys and values that a token sees in the place of those stored.
+    `seen_as(layer, token, stored)` gives the keys and values that a token sees in the place of those stored. The first `num_at_once`
+    tokens, which have to fit into the window, go through the model in one plain pass: for large models.
     """
-    assert input_ids.shape[0] == 1
+    assert input_ids.shape[0] == 1 and num_at_once <= window_length
     has_positions = "position_ids" in inspect.signature(model.forward).parameters
     first = input_ids[:, :num_sink_tokens] if sinks is None else sinks
     num_recent = window_length - num_sink_tokens - 1
@@ -129,7 +136,10 @@ def oracle_logits(
         run(first.expand(len(shifts), -1), shifts, sink_cache, causal_mask(model, num_sink_tokens))
 
     logits, cache = [], new_cache(model, windows)
-    for token in range(input_ids.shape[1]):
+    if num_at_once:
+        logits.append(run(input_ids[:, :num_at_once], torch.tensor([0]), cache))
+        stored = by_token(cache, len(windows))
+    for token in range(num_at_once, input_ids.shape[1]):
         is_full = token >= window_length
         before, cache = cache, new_cache(model, windows)
         copy_recurrent_states(before, cache)

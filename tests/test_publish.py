@@ -10,12 +10,12 @@ import sys
 import textwrap
 from pathlib import Path
 
-import publish
 import pytest
 import yaml
-from families import TRANSFORMERS
+
+import publish
+from amalgamate import FOLDER, published_code, read_modules
 from hub import File, Hub, Repo
-from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 REPO = "acme/streams"
@@ -24,9 +24,12 @@ WITHOUT_RUNNING = """
 import sys
 sys.path[0] = sys.argv.pop(1)
 import publish
-publish.run_child = lambda *arguments: {}
+publish.run_child = lambda *arguments: None
+publish.difference_of_logits = lambda *arguments: 0.0
 sys.exit(publish.main())
 """
+# What is for those who work on the method, and does not go up.
+STAYS = ("custom_generate/", "scripts/", "tests/", "results/", "pyproject.toml")
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +42,16 @@ def hub():
 @pytest.fixture(autouse=True)
 def _no_fault_outlives_its_test(hub):
     yield
-    hub.faults, hub.swapped = [], {}
+    hub.fault, hub.swapped = None, {}
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
-    """A copy of what belongs on the Hub, as a checkout from there would be: without git."""
+    """A copy of the repository, without git."""
     folder = tmp_path_factory.mktemp("original") / "sink_cache"
-    for path in publish.list_files(ROOT, publish.PATTERNS):
+    scripts = [f"scripts/{name}.py" for name in ("amalgamate", "publish")]
+    modules = [f"{FOLDER}/{name}.py" for name in read_modules(ROOT)]
+    for path in {*publish.list_files(ROOT), *scripts, *modules}:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, folder / path)
     return folder
@@ -62,7 +67,7 @@ def folder(original, tmp_path) -> Path:
 def weights(original, tmp_path_factory) -> Path:
     """The model alone: some releases look for a method beside every model that they load."""
     folder = tmp_path_factory.mktemp("weights")
-    for path in publish.list_files(original, publish.MODEL_PATTERNS):
+    for path in publish.MODEL:
         shutil.copyfile(original / path, folder / path)
     return folder
 
@@ -74,9 +79,11 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(hub, original, tmp_path_factory) -> dict:
-    """`REPO`, published and tagged as v1.0.0."""
-    done = run_publish(hub.url, original, tmp_path_factory.mktemp("home"), "--tag", "v1.0.0")
-    return result_of(done)
+    """`REPO`, published and tagged as v2. It was private until then: the script loads what it has published with its token, too."""
+    hub.repos[REPO] = Repo(is_private=True)
+    result = result_of(run_publish(hub.url, original, tmp_path_factory.mktemp("home"), "--tag", "v2"))
+    hub.repos[REPO].is_private = False
+    return result
 
 
 def run(command: list, url: str, home: Path, token: str | None) -> subprocess.CompletedProcess:
@@ -111,85 +118,101 @@ def run_user(hub: Hub, home: Path, code: str, token: str | None = None) -> str:
     return done.stdout.splitlines()[-1]
 
 
-# What belongs there
+# What goes up
 
 
-def test_all_that_git_tracks_is_published_but_for_hidden_files():
+def test_all_that_git_tracks_goes_up_or_is_known_to_stay():
     """New files too, so that none is forgotten: in a folder that no pattern names, this fails."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     tracked = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
     visible = {path for path in tracked if not path.startswith(".") and "/." not in path and (ROOT / path).exists()}
-    assert set(publish.list_files(ROOT, publish.PATTERNS)) == visible
-
-
-def test_what_lies_around_is_not_published(hub, published, original, folder, home):
-    litter = [
-        ".gitignore",
-        ".ci/run",
-        ".git/config",
-        "notes.txt",
-        "model.bin",
-        "scripts/.hidden.py",
-        "scripts/__pycache__/common.cpython-311.pyc",
-        "scripts/sub/deep.py",
-        "tests/.pytest_cache/README.md",
-        "tests/output.json",
-        "custom_generate/other.py",
-    ]
-    for path in litter:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text("x")
-    clean = sorted(path.relative_to(original).as_posix() for path in original.rglob("*") if path.is_file())
-    clean = [path for path in clean if "__pycache__" not in path]
-    done = run_publish(hub.url, folder, home, "--dry-run")
-    result = result_of(done)
-    assert result["files"] == clean and result["unchanged"] == len(clean)
-    told = re.findall(r"left out (\S+):", done.stderr)
-    assert told == ["custom_generate/other.py", "model.bin", "notes.txt", "scripts/sub/deep.py", "tests/output.json"]
+    goes_up = publish.list_files(ROOT)
+    assert {path for path in visible if not path.startswith(STAYS)} == {path for path in goes_up if not path.startswith(STAYS)}
+    assert {path for path in goes_up if path.startswith(STAYS)} == {publish.METHOD, "custom_generate/requirements.txt"}
 
 
 def test_a_dry_run_tells_the_difference_and_only_reads(hub, published, folder, home):
+    for path in ("notes.txt", ".git/config", "figures/.hidden.png", "docs/sub/deep.md", "custom_generate/other.txt"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("not to be published")
+    (folder / "docs" / "new.md").write_text("new")
     (folder / "LICENSE").write_text("another")
-    (folder / "figures").mkdir(exist_ok=True)
-    (folder / "figures" / "new.svg").write_text("<svg/>")
     (folder / "model.safetensors").write_bytes(b"other weights")
-    (folder / "tests" / "oracle.py").unlink()
+    (folder / "figures" / "kept.png").unlink()
     hub.requests.clear()
     result = result_of(run_publish(hub.url, folder, home, "--dry-run", token=None))
-    assert result["added"] == ["figures/new.svg"] and result["removed"] == ["tests/oracle.py"]
-    assert result["changed"] == ["LICENSE", "model.safetensors"] and result["unchanged"] == len(result["files"]) - 3
+    assert result["added"] == ["docs/new.md"] and result["removed"] == ["figures/kept.png"]
+    assert result["changed"] == ["LICENSE", "model.safetensors"]
     assert hub.requests and {method for method, _ in hub.requests} == {"GET"}
 
 
-def test_a_dry_run_needs_no_network(original, other_model, home):
+def test_a_dry_run_needs_no_network(original, home):
     result = result_of(run_publish(NOBODY, original, home, "--dry-run", token=None))
-    assert result["files"] == publish.list_files(original, publish.PATTERNS) and "added" not in result
-    result = result_of(run_publish(NOBODY, original, home, "--dry-run", "--base-model", other_model, token=None))
-    models = publish.list_files(other_model, publish.MODEL_PATTERNS)
-    assert result["files"] == sorted(publish.list_files(original, publish.METHOD_PATTERNS) + models)
+    assert result["files"] == publish.list_files(original) and "added" not in result
 
 
 # What arrives
 
 
-def test_what_is_published_is_the_folder(hub, published, original):
-    """In one commit, with the name in the model card, the weights in LFS, and checked from the Hub before it is tagged."""
+def test_what_is_published_is_the_repository_with_its_modules_as_one_file(hub, published, original):
+    """In one commit, with the name in the pages, the weights in LFS, and checked from the Hub before it is tagged."""
     repo = hub.repos[REPO]
-    local = {path: (original / path).read_bytes() for path in publish.list_files(original, publish.PATTERNS)}
     remote = repo.files()
-    assert published["added"] == sorted(local) == sorted(remote.keys() - {".gitattributes"})
-    card = remote.pop("README.md").decode()
-    assert f'custom_generate="{REPO}"' in card and "org/sink_cache" not in card
-    assert card.replace(REPO, "org/sink_cache") == local.pop("README.md").decode().replace(REPO, "org/sink_cache")
-    assert all(remote[path] == content for path, content in local.items())
+    assert published["added"] == publish.list_files(original) == sorted(remote.keys() - {".gitattributes"})
+    assert remote[publish.METHOD].decode() == published_code(original)
+    for path, content in remote.items():
+        if path.endswith(".md"):
+            text, local = content.decode(), (original / path).read_text(encoding="utf-8").replace("org/sink_cache", REPO)
+            assert "org/sink_cache" not in text and re.sub(r"\]\([^)]*\)|\[", "", text) == re.sub(r"\]\([^)]*\)|\[", "", local).replace("]", "]")
+        elif path not in (".gitattributes", publish.METHOD):
+            assert content == (original / path).read_bytes()
+    assert f'custom_generate="{REPO}"' in remote["README.md"].decode()
     assert repo.commits[published["commit"]]["model.safetensors"].is_large
-    assert (
-        len(repo.commits) == 2 and repo.branches == {"main": published["commit"]} and repo.tags == {"v1.0.0": published["commit"]}
+    assert len(repo.commits) == 2 and repo.main == published["commit"] and repo.tags == {"v2": published["commit"]}
+    assert published["max_logit_difference"] == 0 and published["tag"] == "v2"
+
+
+def test_logits_from_the_hub_are_those_of_the_modules(hub, published, weights, home):
+    """A batch of rows of different lengths, chunks over the edge of the window and far past it; and one file is all that is asked for."""
+    hub.requests.clear()
+    run_user(
+        hub,
+        home,
+        f"""
+        import sys
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        sys.path.insert(0, {str(ROOT)!r})
+        from custom_generate.generate import SinkCache, generate
+
+        repo = {REPO!r}
+        model = AutoModelForCausalLM.from_pretrained({str(weights)!r})
+        ids = torch.randint(2, 2000, (3, 70), generator=torch.Generator().manual_seed(0))
+        mask = (torch.arange(70) >= torch.tensor([0, 9, 40])[:, None]).long()
+        found = get_class_from_dynamic_module("custom_generate/generate.SinkCache", repo, trust_remote_code=True)
+        assert found is not SinkCache
+
+        @torch.no_grad()
+        def feed(kind):
+            cache = kind.from_model(model, 16, 4)
+            parts = zip(ids.split([20, 9, 1, 1, 12, 27], 1), mask.split([20, 9, 1, 1, 12, 27], 1))
+            return torch.cat([model(**cache.prepare(*part)).logits for part in parts], 1)
+
+        assert feed(found).equal(feed(SinkCache))
+        options = dict(attention_mask=mask, window_length=16, max_new_tokens=30, min_new_tokens=30, do_sample=False)
+        options |= dict(output_logits=True, return_dict_in_generate=True)
+        there = model.generate(ids, custom_generate=repo, trust_remote_code=True, **options)
+        here = generate(ids, model=model, **options)
+        assert torch.stack(there.logits).equal(torch.stack(here.logits)) and len(here.logits) == 30
+        print("ok")
+        """,
     )
-    assert published["commit_url"] == f"{hub.url}/{REPO}/commit/{published['commit']}" and published["pr_url"] is None
-    assert published["max_logit_difference"] == 0 and published["tag"] == "v1.0.0" and not repo.is_private
+    asked = {path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and path.endswith(".py")}
+    assert asked == {"generate.py"}
 
 
 def test_every_way_in_from_the_hub(hub, published, weights, home):
@@ -214,7 +237,7 @@ def test_every_way_in_from_the_hub(hub, published, weights, home):
             texts.append(outputs.sequences[0].tolist())
 
         check(model.generate(**inputs, **trust, **window, **arguments))
-        for revision in ("v1.0.0", commit, "main"):
+        for revision in ("v2", commit, "main"):
             check(model.generate(**inputs, **trust, **window, **arguments, revision=revision))
         try:
             model.generate(**inputs, **trust, **window, **arguments, revision="v0")
@@ -224,7 +247,7 @@ def test_every_way_in_from_the_hub(hub, published, weights, home):
             raise AssertionError("a revision that does not exist")
         generate = model.load_custom_generate(repo, trust_remote_code=True)
         check(generate(model=model, **inputs, **window, **arguments))
-        loaded = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, revision="v1.0.0")
+        loaded = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, revision="v2")
         check(loaded.generate(**inputs, **window, **arguments))
         SinkCache = get_class_from_dynamic_module("custom_generate/generate.SinkCache", repo, trust_remote_code=True)
         check(model.generate(**inputs, **trust, past_key_values=SinkCache(**window), **arguments))
@@ -237,52 +260,13 @@ def test_every_way_in_from_the_hub(hub, published, weights, home):
     )
 
 
-def make_model(folder: Path) -> Path:
-    """Another model than that of the repository, in several shards."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="300KB")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(ROOT / name, folder / name)
-    (folder / "training_args.bin").write_bytes(b"does not belong there")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def other_model(tmp_path_factory) -> Path:
-    return make_model(tmp_path_factory.mktemp("other_model"))
-
-
-def test_a_private_repository_with_another_model(hub, original, other_model, weights, home, tmp_path):
-    """The model comes from the Hub. The script loads what it has published with the token of the environment, a user with `token=`."""
-    base = hub.repos["acme/base"] = Repo(is_private=False)
-    files = {path.name: File(path.read_bytes(), path.suffix == ".safetensors") for path in other_model.iterdir()}
-    base.branches["main"] = base.commit(base.branches["main"], files, "a model")
-    result = result_of(run_publish(hub.url, original, home, "--private", "--base-model", "acme/base", repo_id="acme/private"))
-    repo = hub.repos["acme/private"]
-    assert repo.is_private and result["max_logit_difference"] == 0
-    remote = repo.files()
-    assert publish.split_card(remote["README.md"].decode())[0]["base_model"] == "acme/base"
-    shards = {path.name: path.read_bytes() for path in other_model.glob("*.safetensors")}
-    assert len(shards) > 1 and all(remote[name] == content for name, content in shards.items())
-    assert "model.safetensors" not in remote and "training_args.bin" not in remote and "tests/oracle.py" in remote
-    assert remote["config.json"] == (other_model / "config.json").read_bytes()
-    assert remote["custom_generate/generate.py"] == (original / "custom_generate" / "generate.py").read_bytes()
-    # Up to 4.56, `generate` looks for the method with the token of the environment only.
-    token = "reader" if TRANSFORMERS < Version("4.57") else None
+def test_a_private_repository(hub, published, weights, home):
+    """A user loads it with `token=`, of which `generate` makes nothing else."""
+    repo = hub.repos["acme/private"] = Repo(is_private=True)
+    repo.main = repo.commit(repo.main, hub.repos[REPO].commits[published["commit"]])
     run_user(
         hub,
-        tmp_path,
+        home,
         f"""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -305,134 +289,148 @@ def test_a_private_repository_with_another_model(hub, original, other_model, wei
                 pass
             else:
                 raise AssertionError("without a token")
-        assert load(token="reader").config.model_type == "llama"
+        assert load(token="reader").config.model_type == "qwen3"
         generate(model, token="reader")
         print("ok")
         """,
-        token=token,
     )
 
 
-def test_the_card_with_another_model(original, other_model):
-    """Says whose weights they are, in metadata and text, and no longer that they are the tiny model's."""
-    text = (original / "README.md").read_text(encoding="utf-8")
-    card = publish.make_card(text, REPO, "Qwen/Qwen3-0.6B")
-    header, body = publish.split_card(card)
-    expected = publish.split_card(text)[0] | {"base_model": "Qwen/Qwen3-0.6B"}
-    expected.pop("language", None)  # the tiny model's
-    assert header == expected
-    before, chapter = (
-        re.search(r"\n## Base model\n.*?\n## Model compatibility\n", page, re.DOTALL).group() for page in (text, body)
+def test_the_first_version_is_published_from_its_commit_as_it_is(hub, original, folder, weights, home, tmp_path):
+    """And the modules after it: who asks for revision="v1" has the single file, word for word, and others what came later."""
+    first = published_code(original) + '\n_generate = generate\n\n\ndef generate(**kwargs):\n    return "the first version"\n'
+
+    def git(*arguments) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.excludesFile="]
+        return subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+    modules = {path: path.read_bytes() for path in (folder / FOLDER).glob("*.py")}
+    for path in modules:
+        path.unlink()
+    (folder / FOLDER / "generate.py").write_text(first)
+    for command in (["init"], ["add", "-f", "."], ["commit", "-m", "one file"]):
+        git(*command)
+    commit = git("rev-parse", "HEAD")
+    for path, content in modules.items():
+        path.write_bytes(content)
+
+    def attempt(*arguments, **options) -> dict:
+        return result_of(run_publish(hub.url, folder, home, *arguments, repo_id="acme/two", running=False))
+
+    attempt("--commit", commit, "--tag", "v1")
+    repo = hub.repos["acme/two"]
+    assert repo.files()[publish.METHOD].decode() == first
+    assert attempt("--tag", "v2")["changed"] == [publish.METHOD]
+    assert repo.files("v1")[publish.METHOD].decode() == first
+    assert "with changes that are not committed" in repo.files("v2")[publish.METHOD].decode() or len(modules) == 1
+    run_user(
+        hub,
+        tmp_path,
+        f"""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained({str(weights)!r})
+        arguments = dict(custom_generate="acme/two", trust_remote_code=True, window_length=16, max_new_tokens=20)
+        ids = torch.tensor([[0, 5, 6]])
+        assert model.generate(ids, revision="v1", **arguments) == "the first version"
+        assert model.generate(ids, **arguments).shape == (1, 23)
+        print("ok")
+        """,
     )
-    _, code, training = re.split("```(?:python)?\n", before)
-    assert (
-        "[Qwen/Qwen3-0.6B](https://huggingface.co/Qwen/Qwen3-0.6B)" in chapter
-        and "tiny model** that the rest of this page" in chapter
-    )
-    assert code.replace("org/sink_cache", REPO) in chapter and training not in chapter and "2 M parameters" not in chapter
-    same = publish.make_card(text, REPO, None).split("\n## Model compatibility\n")[1]
-    assert same == card.split("\n## Model compatibility\n")[1]
-
-    header, body = publish.split_card(publish.make_card(text, REPO, str(other_model)))
-    assert "base_model" not in header and str(other_model) not in body and "those of a `LlamaForCausalLM`" in body
 
 
-def test_a_pull_request(hub, published, folder, home):
-    """It is loaded from its own reference, and the branch stays as it was. Whoever may only read may propose."""
-    (folder / "LICENSE").write_text("another")
-    (folder / "tests" / "oracle.py").unlink()
-    result = result_of(run_publish(hub.url, folder, home, "--create-pr", "--message", "Propose", token="reader"))
-    repo = hub.repos[REPO]
-    assert result["pr_url"] == f"{hub.url}/{REPO}/discussions/1" and repo.pulls == {"refs/pr/1": result["commit"]}
-    assert repo.messages[result["commit"]] == "Propose" and repo.branches["main"] == published["commit"]
-    assert result["changed"] == ["LICENSE"] and result["removed"] == ["tests/oracle.py"] and result["max_logit_difference"] == 0
-    assert repo.files("refs/pr/1")["LICENSE"] == b"another" and "tests/oracle.py" not in repo.files("refs/pr/1")
-    assert ("HEAD", f"/{REPO}/resolve/refs%2Fpr%2F1/custom_generate/generate.py") in hub.requests
+def test_commit_925a8cd_goes_up_as_it_is(tmp_path):
+    """The first version itself."""
+    found = subprocess.run(["git", "show", f"925a8cd:{publish.METHOD}"], capture_output=True, cwd=ROOT)
+    if found.returncode:
+        pytest.skip("not a git checkout with that commit")
+    root = publish.checked_out("925a8cd", tmp_path / "checkout")
+    publish.stage(root, REPO, "", tmp_path / "staged")
+    assert (tmp_path / "staged" / publish.METHOD).read_bytes() == found.stdout
+    with pytest.raises(publish.Refusal, match="--commit nowhere: "):
+        publish.checked_out("nowhere", tmp_path)
 
 
-def test_a_lost_connection_leaves_all_or_nothing(hub, original, home):
-    """The commit lost: nothing is there, though the weights had been uploaded (after a first try that was lost, too, and that the client
-    repeats). Its answer lost: all is there, the user is told to look, and the next run finds nothing to do but to tag."""
+def test_links_work_on_the_hub_too():
+    """A link to a file that does not go up becomes its text; code, pictures and links to elsewhere stay."""
+    files = ["README.md", "docs/speed.md", "docs/models.md"]
+    text = "[a](models.md#x) [`b`](../scripts/plot.py) [c](../README.md) [d](https://e.org/f) [g](#h) ![i](../figures/i.png) `[j](k)`\n"
+    text += "```python\ntable[0](l)\n```\n[m](../docs) [n](../tests)"
+    expected = text.replace("[`b`](../scripts/plot.py)", "`b`").replace("[n](../tests)", "n")
+    assert publish.with_own_links(text, "docs/speed.md", files) == expected
+
+
+# What goes wrong
+
+
+def test_an_answer_that_is_lost_is_found_by_the_next_run(hub, original, home):
+    """All is there then, the user is told to look, and the next run finds nothing to do but to tag."""
 
     def attempt():
         return run_publish(hub.url, original, home, "--tag", "v1", repo_id="acme/lost", running=False)
 
-    hub.large.clear()  # what the Hub has is not sent again
-    hub.faults = [("/large/", "lost"), ("/commit/", "lost")]
-    assert "Nothing was published, acme/lost is empty." in refusal_of(attempt())
+    hub.fault = ("/commit/", "answer lost")
+    assert "Run the same command again" in refusal_of(attempt())
     repo = hub.repos["acme/lost"]
-    assert list(repo.files()) == [".gitattributes"] and not repo.tags and not hub.faults
-    hub.faults = [("/commit/", "answer lost")]
-    assert "main of acme/lost has changed: run the same command again" in refusal_of(attempt())
-    head = repo.branches["main"]
-    assert not hub.faults and len(repo.commits) == 2 and not repo.tags
+    head = repo.main
+    assert not hub.fault and len(repo.commits) == 2 and not repo.tags
     for _ in range(2):  # also with the tag there already
         result = result_of(attempt())
-        assert result["commit"] == head and not result["added"] and result["unchanged"] == len(repo.files()) - 1
+        assert result["commit"] == head and not result["added"] + result["changed"] + result["removed"]
         assert len(repo.commits) == 2 and repo.tags == {"v1": head} and result["tag"] == "v1"
-        assert result["commit_url"] == f"{hub.url}/acme/lost/commit/{head}"
-
-
-def test_a_tag_that_fails_is_told_apart_from_a_commit_that_fails(hub, published, original, home):
-    hub.faults = [("/tag/", 403)]
-    line = refusal_of(run_publish(hub.url, original, home, "--tag", "v3", running=False))
-    assert f"{published['commit_url']} is published and works, but could not be tagged. The token may not" in line
-
-
-def test_a_hub_that_is_gone_after_the_commit(hub, original, home):
-    """Then nobody knows whether it arrived, and that is what is said."""
-    hub.faults = [("/commit/", "lost"), ("/api/models/acme/gone", "lost")]
-    line = refusal_of(run_publish(hub.url, original, home, repo_id="acme/gone", running=False))
-    assert "Whether the commit arrived is not known: run the same command again" in line and not hub.faults
 
 
 def test_an_upload_that_fails_publishes_nothing(hub, published, folder, home):
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
-    hub.faults = [("/large/", 413)]
-    line = refusal_of(run_publish(hub.url, folder, home, "--replace-model", running=False))
-    assert line.startswith("error: Nothing was published. ") and "413" in line and not hub.faults
-    assert hub.repos[REPO].branches["main"] == published["commit"]
+    hub.fault = ("/large/", 413)
+    assert "413" in refusal_of(run_publish(hub.url, folder, home, running=False)) and not hub.fault
+    assert hub.repos[REPO].main == published["commit"]
 
 
 def test_what_somebody_else_commits_meanwhile_is_not_overwritten(hub, published, folder, home):
     (folder / "LICENSE").write_text("another")
     repo = hub.repos[REPO]
-    files = repo.commits[published["commit"]]
 
     def commit():
-        repo.branches["main"] = repo.commit(published["commit"], files | {"LICENSE": File(b"theirs")}, "theirs")
+        repo.main = repo.commit(published["commit"], repo.commits[published["commit"]] | {"LICENSE": File(b"theirs")})
 
-    hub.faults = [("/commit/", commit)]
+    hub.fault = ("/commit/", commit)
     line = refusal_of(run_publish(hub.url, folder, home, running=False))
-    theirs, repo.branches["main"] = repo.branches["main"], published["commit"]
-    assert f"main of {REPO} has changed" in line and repo.files(theirs)["LICENSE"] == b"theirs"
+    theirs, repo.main = repo.main, published["commit"]
+    assert "A commit has happened since" in line and repo.files(theirs)["LICENSE"] == b"theirs"
 
 
 def test_what_differs_on_the_hub_is_found_and_not_tagged(hub, published, original, home):
-    code = (original / "custom_generate" / "generate.py").read_text(encoding="utf-8")
+    code = published_code(original)
     code += "\n\n_generate = generate\n\n\ndef generate(**kwargs):\n    return _generate(**(kwargs | {'num_sink_tokens': 3}))\n"
-    hub.swapped = {"custom_generate/generate.py": code.encode()}
-    line = refusal_of(run_publish(hub.url, original, home, "--tag", "v2"))
-    assert published["commit_url"] in line and "logits differ by" in line and "v2" not in hub.repos[REPO].tags
+    hub.swapped = {publish.METHOD: code.encode()}
+    line = refusal_of(run_publish(hub.url, original, home, "--tag", "v3"))
+    assert published["commit"] in line and "logits differ by" in line and "v3" not in hub.repos[REPO].tags
 
 
 # What is refused
 
 
 def test_code_that_does_not_work_is_not_published(hub, published, folder, home):
-    (folder / "custom_generate" / "generate.py").write_text("def generate(model, **kwargs):\n    raise ValueError('broken')\n")
+    (folder / publish.METHOD).write_text("def generate(*args, **kwargs):\n    raise ValueError('broken')\n")
+    for path in (folder / FOLDER).glob("*.py"):
+        if path.name != "generate.py":
+            path.unlink()
     line = refusal_of(run_publish(hub.url, folder, home))
     assert "nothing was published" in line and "broken" in line
-    assert hub.repos[REPO].branches["main"] == published["commit"]
+    (folder / FOLDER / "more.py").write_text('"""More."""\n')
+    (folder / publish.METHOD).write_text('"""One."""\n')
+    assert "generate.py does not import from more.py" in refusal_of(run_publish(hub.url, folder, home))
+    assert hub.repos[REPO].main == published["commit"]
 
 
 def test_a_token_that_may_only_read(hub, published, folder, home):
     (folder / "LICENSE").write_text("another")
     line = refusal_of(run_publish(hub.url, folder, home, token="reader", running=False))
-    assert "The token may not write there." in line and "Nothing was published." in line
-    assert hub.repos[REPO].branches["main"] == published["commit"]
+    assert "The token may not write there." in line and hub.repos[REPO].main == published["commit"]
 
 
 @pytest.mark.parametrize(
@@ -442,28 +440,21 @@ def test_a_token_that_may_only_read(hub, published, folder, home):
         ([], {"token": "of somebody else"}, "The Hub does not accept the token."),
         ([], {"repo_id": "streams"}, "--repo-id must be ORG/NAME, got streams."),
         ([], {"repo_id": "acme/a--b"}, "--repo-id: "),
-        (["--private"], {}, f"{REPO} exists and is public."),
-        (["--revision", "v1.0.0"], {}, f"{REPO} has no branch v1.0.0, only main"),
-        (["--revision", "draft"], {}, f"{REPO} has no branch draft, only main"),
-        (["--revision", "draft"], {"repo_id": "acme/new"}, "acme/new does not exist"),
-        (["--create-pr"], {"repo_id": "acme/new"}, "acme/new does not exist"),
         (["--dry-run"], {"token": "of somebody else"}, "The Hub does not accept the token."),
-        (["--create-pr", "--tag", "v2"], {}, "tag it when it is merged"),
         (["--tag", "a b"], {}, "--tag must be of letters"),
-        (["--base-model", "acme/none"], {}, "acme/none is neither a folder nor can it be downloaded"),
-        (["--base-model", Path(__file__).parent], {}, "lacks config.json, *.safetensors (code"),
+        (["--commit", "nowhere"], {}, "--commit nowhere: "),
     ],
 )
 def test_it_is_refused_at_once(hub, published, original, home, arguments, options, reason):
     hub.requests.clear()
     assert reason in refusal_of(run_publish(hub.url, original, home, *arguments, **options))
-    assert {method for method, _ in hub.requests} <= {"GET", "HEAD"} and "acme/new" not in hub.repos
+    assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
 
 
 def test_a_tag_of_another_state_is_refused_before_the_commit(hub, published, folder, home):
     (folder / "LICENSE").write_text("another")
-    assert "The tag v1.0.0 exists" in refusal_of(run_publish(hub.url, folder, home, "--tag", "v1.0.0"))
-    assert hub.repos[REPO].branches["main"] == published["commit"]
+    assert "The tag v2 exists" in refusal_of(run_publish(hub.url, folder, home, "--tag", "v2"))
+    assert hub.repos[REPO].main == published["commit"]
 
 
 def test_no_network(original, home):
@@ -473,39 +464,33 @@ def test_no_network(original, home):
 def test_files_of_others_are_not_touched(hub, published, original, home):
     """But for what the Hub itself puts there."""
     repo = hub.repos[REPO]
-    theirs = {path: File(b"theirs") for path in ("weights.bin", "docs/README.md", "scripts/more/run.py")}
-    repo.branches["main"] = repo.commit(published["commit"], repo.commits[published["commit"]] | theirs, "theirs")
+    theirs = {path: File(b"theirs") for path in ("weights.bin", "docs/more/README.md", "scripts/run.py")}
+    repo.main = repo.commit(published["commit"], repo.commits[published["commit"]] | theirs)
     try:
         line = refusal_of(run_publish(hub.url, original, home))
     finally:
-        repo.branches["main"] = published["commit"]
-    assert "docs/README.md, scripts/more/run.py, weights.bin" in line and ".gitattributes" not in line
-
-
-def test_a_model_is_not_replaced_unasked(hub, published, folder, original, other_model, home):
-    """By the tiny one, for want of --base-model in a later run: that would be the end of the model that is there."""
-    for path in publish.list_files(folder, publish.MODEL_PATTERNS):
-        (folder / path).unlink()
-    for path in other_model.iterdir():
-        shutil.copyfile(path, folder / path.name)
-    line = refusal_of(run_publish(hub.url, folder, home, running=False))
-    assert "holds another model" in line and "config.json, " in line and "--base-model" in line and "--replace-model" in line
-    done = run_publish(hub.url, folder, home, "--dry-run")
-    assert "holds another model" in done.stderr and "config.json" in result_of(done)["changed"]
-    assert hub.repos[REPO].branches["main"] == published["commit"]
-    result = result_of(run_publish(hub.url, folder, home, "--replace-model", running=False))
-    assert "config.json" in result["changed"] and hub.repos[REPO].branches["main"] == result["commit"]
-    hub.repos[REPO].branches["main"] = published["commit"]
+        repo.main = published["commit"]
+    assert "docs/more/README.md, scripts/run.py, weights.bin" in line and ".gitattributes" not in line
 
 
 def test_a_repository_of_something_else_is_left_alone(hub, original, home):
     """All its files have names that ours have, too."""
-    repo = hub.repos["acme/model"] = Repo(is_private=False)
+    repo = hub.repos["acme/model"] = Repo()
     files = {name: File(b"theirs") for name in ("README.md", "config.json", "model.safetensors")}
-    before = repo.branches["main"] = repo.commit(repo.branches["main"], files, "a model")
-    line = refusal_of(run_publish(hub.url, original, home, "--replace-model", repo_id="acme/model"))
+    before = repo.main = repo.commit(repo.main, files)
+    line = refusal_of(run_publish(hub.url, original, home, repo_id="acme/model"))
     assert "holds something else" in line and "README.md, config.json, model.safetensors" in line
-    assert repo.branches["main"] == before
+    assert repo.main == before
+
+
+def test_what_is_missing_is_named(folder, tmp_path):
+    (folder / "LICENSE").unlink()
+    with pytest.raises(publish.Refusal, match="lacks LICENSE: .* has no such file"):
+        publish.stage(folder, REPO, "", tmp_path)
+    (folder / "LICENSE").write_text("x")
+    (folder / "README.md").write_text("no example")
+    with pytest.raises(publish.Refusal, match="no example with custom_generate"):
+        publish.stage(folder, REPO, "", tmp_path)
 
 
 CARD = {"library_name": "transformers", "license": "apache-2.0", "pipeline_tag": "text-generation", "tags": ["custom_generate"]}
@@ -526,18 +511,10 @@ CARD = {"library_name": "transformers", "license": "apache-2.0", "pipeline_tag":
 )
 def test_a_card_that_the_hub_could_not_list_is_refused(header, reason):
     header = yaml.safe_dump(header) if isinstance(header, dict) else header
-    text = (
-        f"---\n{header.strip()}\n---\n" if header else ""
-    ) + '\n```python\nmodel.generate(custom_generate="org/sink_cache")\n```\n'
     with pytest.raises(publish.Refusal, match=re.escape(reason)) as refused:
-        publish.make_card(text, REPO, None)
+        publish.check_card(f"---\n{header.strip()}\n---\ntext\n" if header else "text\n")
     assert "\n" not in str(refused.value)
 
 
 def test_a_card_as_the_hub_wants_it_passes():
-    text = f'---\n{yaml.safe_dump(CARD)}---\n\n```python\nmodel.generate(custom_generate="org/sink_cache")\n```\n'
-    assert publish.make_card(text, REPO, None) == text.replace("org/sink_cache", REPO)
-    with pytest.raises(publish.Refusal, match="no example"):
-        publish.make_card(text.replace("custom_generate=", ""), REPO, None)
-    with pytest.raises(publish.Refusal, match='no chapter "## Base model"'):
-        publish.make_card(text, REPO, "Qwen/Qwen3-0.6B")
+    publish.check_card(f"---\n{yaml.safe_dump(CARD)}---\ntext\n")

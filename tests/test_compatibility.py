@@ -1,4 +1,5 @@
-"""The tables *Works with*: nothing that transformers knows is missing, what is said to work has a test, and what is said to be refused is."""
+"""The generated tables of options, caches and attention: nothing that transformers knows is missing, what is said to work has a test, and
+what is said to be refused is. (The table of models is checked in tests/test_scripts.py.)"""
 
 import copy
 import inspect
@@ -8,17 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-import works_with
-from checks import random_ids
-from common import readme_block
-from families import build_model
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.generation import configuration_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from works_with import CACHES, NO_EFFECT, OPTION, REFUSED, TABLES, WORKS, rows
 
+from checks import random_ids
+from common import page_block
+from compatibility import CACHES, NO_EFFECT, OPTION, PROCESSORS, REFUSED, TABLES, WORKS, options_tables, rows
 from custom_generate.generate import SinkCache, generate
 from custom_generate.options import LOADER_ARGUMENTS
+from families import build_model
 
 WINDOW = {"window_length": 8, "num_sink_tokens": 2}
 ROWS = [row for head in TABLES for row in rows(head)]
@@ -39,8 +39,8 @@ def names_in(head: str) -> list[str]:
     return [name for row in rows(head) for name in row.names]
 
 
-def test_the_tables_in_the_readme_are_these():
-    assert readme_block("works-with") == works_with.tables(), "python scripts/works_with.py --write"
+def test_the_tables_in_the_pages_are_these():
+    assert page_block("works-with") == options_tables(), "python scripts/compatibility.py --tables options --write"
 
 
 def test_every_option_is_in_the_table_once():
@@ -64,7 +64,7 @@ def test_what_works_has_a_test(row):
     file, _, function = row.test.partition("::")
     source = (Path(__file__).parent / file).read_text(encoding="utf-8")
     assert re.search(rf"^def {function}\(", source, re.MULTILINE)
-    if function == works_with.PROCESSORS.partition("::")[2]:  # one test for many options: each has to be in it
+    if function == PROCESSORS.partition("::")[2]:  # one test for many options: each has to be in it
         assert all(re.search(rf'["( ]{name}["=]', source) for name in row.names)
 
 
