@@ -126,9 +126,9 @@ def on_the_tiny_model(code: str, repo: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
-def test_every_example_runs(page, copy_of_repository, tmp_path):
+def test_every_example_runs(page, copy_of_repository):
     examples = [(line, on_the_tiny_model(code, copy_of_repository)) for line, code in blocks(page, "python")]
-    done = run([sys.executable, "-c", RUN_BLOCKS], tmp_path, input=json.dumps([str(page), examples]))
+    done = run([sys.executable, "-c", RUN_BLOCKS], copy_of_repository, input=json.dumps([str(page), examples]))
     assert int(done.stdout.strip().splitlines()[-1]) == len(examples)
 
 
