@@ -31,7 +31,7 @@ class DraftFeed(Feed):
 
     def first_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
         self.has_begun = True
-        self.cache.stop_recording()
+        self.cache.activate_past_recording(False)
         inputs = super().first_pass(input_ids, others)
         self.cache.num_padding_columns = self.num_padding_columns
         return inputs
@@ -48,7 +48,7 @@ class DraftFeed(Feed):
                 num_columns = cache.num_tokens_seen + cache.num_padding_columns
                 num_loose = min(max(num_columns - (self.sequences.shape[1] - 1), 0), num_loose)
             cache.crop(-num_loose)
-            cache.stop_recording()
+            cache.activate_past_recording(False)
         super().__exit__(*error)
 
 

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from transformers import LogitsProcessor
+
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, left_padded, random_ids
 from families import build_model
 from oracle import oracle_logits
-from transformers import LogitsProcessor
 
 from custom_generate.generate import SinkCache, generate
 
