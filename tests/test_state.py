@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, move_ahead, needs, random_ids
-from families import build_model
 from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, move_ahead, needs, random_ids
 from custom_generate.generate import SinkCache, generate
+from families import build_model
 
 ROOT = Path(__file__).parents[1]
 REST = 5 * WINDOW_LENGTH
@@ -491,7 +491,7 @@ def test_after_a_roll_back_and_from_a_file_of_a_file(qwen3, tmp_path, mode):
     cache.activate_past_recording()
     feed(qwen3, cache, random_ids(6, seed=4), [1] * 6)
     cache.crop(-5)
-    cache.stop_recording()
+    cache.activate_past_recording(False)
     cache.save(tmp_path / "first")
     with torch.inference_mode():
         loaded = SinkCache.load(tmp_path / "first", qwen3)
