@@ -29,6 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: the model of this repository)")
     parser.add_argument("--revision", help="of a model on the Hub: branch, tag or commit (default: its main branch)")
+    parser.add_argument("--gguf-file", help="a GGUF file of that model, in place of its weights (with the package gguf)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (default: %(default)s)"
     )
@@ -37,13 +38,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_weights(args: argparse.Namespace):
     """The model that the arguments name, in its dtype from the start: a conversion would round its rotary frequencies as well."""
-    model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, dtype=DTYPES[args.dtype])
+    source = {"revision": args.revision, "gguf_file": args.gguf_file}
+    model = AutoModelForCausalLM.from_pretrained(args.model, **source, dtype=DTYPES[args.dtype])
     return model.to(args.device).eval()
 
 
 def load_model(args: argparse.Namespace):
     """That model and its tokenizer."""
-    return load_weights(args), AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision, gguf_file=args.gguf_file)
+    return load_weights(args), tokenizer
 
 
 def count(text: str) -> int:
@@ -90,6 +93,13 @@ def commit() -> str:
 def rounded(value):
     """As it is written into a file: floats with five digits."""
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def process_bytes() -> int | str:
+    """Memory that this process takes now: where the system is Linux, which tells it."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else ""
 
 
 def storage_bytes(holder) -> int:

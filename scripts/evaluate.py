@@ -45,7 +45,18 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from common import ROOT, add_model_arguments, count, describe_run, load_model, rounded, stdlib_text, storage_bytes, unseen_text
+from common import (
+    ROOT,
+    add_model_arguments,
+    count,
+    describe_run,
+    load_model,
+    process_bytes,
+    rounded,
+    stdlib_text,
+    storage_bytes,
+    unseen_text,
+)
 from custom_generate.generate import SinkCache
 from custom_generate.releases import CACHE_NAME
 
@@ -80,7 +91,7 @@ CONDITIONS = (
     "torch transformers device device_name dtype num_threads"
 ).split()
 METHOD_COLUMNS = ["method", "window_length", "num_sink_tokens"]
-MEASURED = "start stop num_predictions nats nats_stderr perplexity accuracy bytes_held ms_per_token".split()
+MEASURED = "start stop num_predictions nats nats_stderr perplexity accuracy bytes_held process_bytes ms_per_token".split()
 CSV_COLUMNS = ["date", "commit", "measure", *METHOD_COLUMNS, *MEASURED, *CONDITIONS, "python"]
 
 
@@ -209,7 +220,9 @@ class SinkReader:
         return self.cache.num_columns_at_once
 
     def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, slice]:
-        return self.model(**self.cache.prepare(tokens)).logits, slice(None)
+        num_parts = self.cache.num_parts_of(tokens.shape[1])  # of long chunks: as exact, and attention costs less
+        logits = self.model(**self.cache.prepare(tokens, num_parts=num_parts)).logits  # a row for each part
+        return logits.unflatten(0, (len(tokens), num_parts)).flatten(1, 2), slice(None)
 
     @property
     def num_bytes_held(self) -> int:
@@ -335,6 +348,7 @@ class Bucket:
             "perplexity": perplexity(mean),
             "accuracy": torch.cat(self.hits, dim=1).double().mean().item() if nats.numel() else math.nan,
             "bytes_held": num_bytes_held,
+            "process_bytes": process_bytes(),
             "ms_per_token": 1000 * self.seconds / max(self.num_read, 1),
         }
 
@@ -386,8 +400,8 @@ def measure(reader, stream: Stream, args, num_tokens: int, on_row, progress: tqd
 
 def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats of the targets `[batch, num_predictions]`, and whether they are the likeliest tokens."""
-    nats = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-    return nats, logits.argmax(-1) == targets
+    nats = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.view_as(targets), logits.argmax(-1) == targets
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ READ_STYLES = {
     "recompute-sinks": (ORANGE, "{num_sink_tokens} sinks + recent, recomputed"),
 }
 LINES = SOLID, DASHED, DOTTED
-TRAINED_LENGTHS = {"tiny": 256}
+TRAINED_LENGTHS = {"tiny": 256, "smollm2": 8192}
 SMOOTHED_BUCKETS = 7
 
 
@@ -349,6 +349,18 @@ def draw_perplexity_by_position(plt, path: Path, rows: list[Row]) -> None:
     axes.text(0, -0.17, note, transform=axes.transAxes, size=9, color="#666666")
     save(figure, path, num_colors=256)
     plt.close(figure)
+
+
+def draw_real_model(plt, path: Path, rows: list[Row]) -> None:
+    """The same picture of a real model: the shortest and the longest window that were measured, without sinks and with four."""
+    rows = [row for row in rows if row["dtype"] == "float32" and row["method"] in READ_STYLES]
+    lengths = sorted({int(row["window_length"]) for row in rows if row["method"] == "sinks"})
+    shown = {str(length) for length in (lengths[:1] + lengths[-1:])}
+    draw_perplexity_by_position(
+        plt,
+        path,
+        [row for row in rows if row["method"] == "full" or (row["window_length"] in shown and row["num_sink_tokens"] in "04")],
+    )
 
 
 def draw_cost_by_position(plt, path: Path, rows: list[Row]) -> None:
@@ -429,6 +441,8 @@ def draw_recall_by_distance(plt, path: Path, rows: list[Row]) -> None:
 TEXT = "model", "text", "dtype", "batch_size"
 FIGURES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Callable, str]] = {
     "perplexity_by_position": ("evaluate.csv", ("stream",), (*TEXT, "text_crc32"), draw_perplexity_by_position, "evaluate"),
+    "real_models": ("smollm2.csv", ("stream",), ("model",), draw_real_model, "evaluate"),
+    "real_models_gemma3": ("gemma3.csv", ("stream",), ("model",), draw_real_model, "evaluate"),
     "cost_by_position": ("cost.csv", ("stream",), ("model", "text", "device_name"), draw_cost_by_position, "evaluate"),
     "recall_by_distance": ("recall.csv", ("recall",), (*TEXT, "task"), draw_recall_by_distance, "stream_eval"),
     "time_by_position": ("benchmark.csv", ("stream",), (*CONDITIONS, "window_length"), draw_time_by_position, "benchmark"),

@@ -1,6 +1,7 @@
 """What the tests have in common: streams of tokens, ways to feed them, and one measure of difference."""
 
 import contextlib
+import importlib.util
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from oracle import TOLERANCE
 from zoo import build_zoo_model
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
+WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+RECORD = {"return_dict_in_generate": True, "output_logits": True}  # what `generate` is to return beside the text
 NUM_TOKENS = 80  # five windows
 
 
@@ -51,6 +54,30 @@ def build_recurrent_model(model_type: str, first_release: str = "5.5") -> torch.
         pytest.skip(f"refused with transformers {TRANSFORMERS}: {error}")
     assert any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
     return model
+
+
+def rings_of(cache: SinkCache) -> list:
+    """The keys and the values of every layer that has any, in this order."""
+    return [ring for layer in cache.layers for ring in getattr(layer, "rings", ())]
+
+
+def move_ahead(cache: SinkCache, num_tokens: int) -> None:
+    """Let that many tokens more have gone by: a multiple of each ring and of the window, so that slots and positions fit."""
+    assert all(num_tokens % length == 0 for window in cache.windows for length in (window.num_recent, cache.window_length))
+    assert all(seen >= cache.window_length for seen in cache.num_tokens_seen_by_row), "a window is still filling"
+    cache.stream.num_seen = [seen + num_tokens for seen in cache.stream.num_seen]
+    cache.stream.base = [base + num_tokens for base in cache.stream.base]
+
+
+def is_installed(backend: str) -> bool:
+    """Whether the package is there that quantizes."""
+    package = {"quanto": "optimum", "hqq": "hqq"}.get(backend)
+    return package is None or importlib.util.find_spec(package) is not None
+
+
+def needs(backend: str) -> None:
+    if not is_installed(backend):
+        pytest.skip(f"{backend} is not installed")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from families import build_model
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -20,6 +23,12 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def model(request) -> torch.nn.Module:
+    """Shared by the tests of a file: of the family that the file calls MODEL, or a Llama, with sdpa attention."""
+    return build_model(getattr(request.module, "MODEL", "llama"), "sdpa")
+
+
 @pytest.fixture(scope="session")
 def tiny_model_folder() -> str:
     return str(ROOT)
@@ -27,13 +36,9 @@ def tiny_model_folder() -> str:
 
 @pytest.fixture
 def tiny_model():
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(ROOT).float().eval()
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(ROOT)

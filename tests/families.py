@@ -154,14 +154,7 @@ FAMILIES = {
 }
 EAGER_ONLY = {"gemma2", "gemma2-long-window", "gpt-j", "gpt-oss", "bloom", "mpt"}
 # Refused before that release of transformers: (release, reason).
-REFUSED_BEFORE = {
-    "gemma2": ("4.53", "change the mask"),
-    "gemma2-long-window": ("4.53", "change the mask"),
-    "gemma3": ("4.53", "change the mask"),
-    "glm-moe-dsa": ("5.11", "keys of their own outside of the cache"),
-    "llama4": ("4.53", "chunked attention"),
-    "mpt": ("4.54", "a first look"),
-}
+REFUSED_BEFORE = {"glm-moe-dsa": ("5.11", "keys of their own outside of the cache")}
 # Scores depend on the order of keys: a pass of several tokens can't go past the window.
 ORDERED = {"falcon-alibi", "bloom", "mpt"}
 
@@ -207,11 +200,6 @@ create_dynamic_module("transformers_modules/{folder.name}/custom_generate")
 
 def is_refused(name: str) -> bool:
     return name in REFUSED_BEFORE and TRANSFORMERS < version.parse(REFUSED_BEFORE[name][0])
-
-
-def first_served(*names: str) -> str:
-    """The first of these families that the installed release can serve."""
-    return next(name for name in names if not is_refused(name))
 
 
 def build_model(

@@ -22,7 +22,6 @@ from transformers import Cache, DynamicCache, cache_utils
 # Largest difference from the oracle that counts as equal, in standard deviations of the logits.
 TOLERANCE = 1e-3
 
-HAS_LAYERS_BY_CONFIG = "config" in inspect.signature(DynamicCache.__init__).parameters  # since 4.56
 MODELS_ASK_FOR_QUERY_OFFSET = hasattr(Cache, "get_query_offset")  # since 5.16
 # Before, under sdpa they take the position of a query for its place among the keys.
 INDEXERS_MAKE_MASKS = version.parse(transformers.__version__) >= version.parse("5.17")
@@ -31,49 +30,41 @@ INDEXERS_MAKE_MASKS = version.parse(transformers.__version__) >= version.parse("
 def native_windows(model, window_length: int) -> list[int | None]:
     """The native window of each layer, None for full attention, for chunks and for windows that are longer than the window."""
     config = model.config.get_text_config(decoder=True)
-    if HAS_LAYERS_BY_CONFIG:
-        lengths = [getattr(layer, "sliding_window", None) for layer in own_cache(config).layers]
-    else:
-        is_sliding = [kind == "sliding_attention" for kind in layer_types_of(config) or ()]
-        length = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        lengths = [length if sliding else None for sliding in is_sliding or [True] * config.num_hidden_layers]
-    is_chunked = [kind == "chunked_attention" for kind in layer_types_of(config) or [None] * len(lengths)]
+    lengths = [getattr(layer, "sliding_window", None) for layer in own_cache(config).layers]
+    is_chunked = [kind == "chunked_attention" for kind in getattr(config, "layer_types", None) or [None] * len(lengths)]
     assert not any(is_chunked) or window_length <= config.attention_chunk_size
     return [
         None if chunked or length is None or length > window_length else length for length, chunked in zip(lengths, is_chunked)
     ]
 
 
-def layer_types_of(config) -> list[str] | None:
-    """The types of layers that get a mask each: since 4.53."""
-    return getattr(config, "layer_types", None) if hasattr(Cache, "get_mask_sizes") else None
-
-
 def own_cache(config) -> DynamicCache:
     """The cache that the model's own `generate` would make."""
-    return DynamicCache(config=config) if HAS_LAYERS_BY_CONFIG else DynamicCache()
+    return DynamicCache(config=config)
 
 
 def new_cache(model, windows: list[int | None]) -> DynamicCache:
     """The model's own, with full attention in place of native windows that are longer than the window."""
     cache = DynamicCache()
-    if HAS_LAYERS_BY_CONFIG:
-        layers = own_cache(model.config.get_text_config(decoder=True)).layers
-        is_longer = [window is None and hasattr(layer, "sliding_window") for layer, window in zip(layers, windows)]
-        cache.layers = [cache_utils.DynamicLayer() if longer else layer for layer, longer in zip(layers, is_longer)]
-        cache.layer_class_to_replicate = None
+    layers = own_cache(model.config.get_text_config(decoder=True)).layers
+    is_longer = [window is None and hasattr(layer, "sliding_window") for layer, window in zip(layers, windows)]
+    cache.layers = [cache_utils.DynamicLayer() if longer else layer for layer, longer in zip(layers, is_longer)]
+    cache.layer_class_to_replicate = None
     return cache
 
 
 def states_of(cache: DynamicCache, index: int) -> tuple[torch.Tensor, ...] | None:
     """Keys and values of one layer, `[batch, heads, tokens, dim]`, and if there is an indexer, the keys by which it chooses."""
-    layers = getattr(cache, "layers", None)
-    if layers is None:
-        return cache.key_cache[index], cache.value_cache[index]
-    keys, indexer_keys = (getattr(layers[index], name, None) for name in ("keys", "indexer_keys"))
+    layer = cache.layers[index]
+    keys, indexer_keys = (getattr(layer, name, None) for name in ("keys", "indexer_keys"))
     if keys is None or not keys.numel():
         return None
-    return (keys, layers[index].values) + (() if indexer_keys is None else (indexer_keys[:, None],))
+    return (keys, layer.values) + (() if indexer_keys is None else (indexer_keys[:, None],))
+
+
+def by_token(cache: DynamicCache, num_layers: int) -> list[list[tuple]]:
+    """The states of each token, by layer: of the last tokens only, where a layer holds no more."""
+    return [list(zip(*(each.split(1, dim=2) for each in states_of(cache, index) or ()))) for index in range(num_layers)]
 
 
 def put(kept: list[tuple], cache: DynamicCache, index: int) -> None:
@@ -95,7 +86,7 @@ def copy_recurrent_states(before: DynamicCache, cache: DynamicCache) -> None:
     """The state goes on, without the keys of its layer if it has any."""
     mixin = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
     not_state = {*vars(cache_utils.DynamicLayer()), "cumulative_length", "sliding_window"} if mixin else ()
-    for old, new in zip(getattr(before, "layers", ()), getattr(cache, "layers", ())):
+    for old, new in zip(before.layers, cache.layers):
         if isinstance(new, mixin):
             vars(new).update({name: copy.deepcopy(value) for name, value in vars(old).items() if name not in not_state})
 
@@ -109,13 +100,15 @@ def oracle_logits(
     sinks: torch.Tensor | None = None,
     shift: bool = True,
     seen_as=None,
+    num_at_once: int = 0,
 ) -> torch.Tensor:
     """Logits `[1, num_tokens, vocab]` for one row without padding.
 
     `sinks` (other tokens in their place) and `shift=False` (sinks left where they were) make a wrong oracle on purpose.
-    `seen_as(layer, token, stored)` gives the keys and values that a token sees in the place of those stored.
+    `seen_as(layer, token, stored)` gives the keys and values that a token sees in the place of those stored. The first `num_at_once`
+    tokens, which have to fit into the window, go through the model in one plain pass: for large models.
     """
-    assert input_ids.shape[0] == 1
+    assert input_ids.shape[0] == 1 and num_at_once <= window_length
     has_positions = "position_ids" in inspect.signature(model.forward).parameters
     first = input_ids[:, :num_sink_tokens] if sinks is None else sinks
     num_recent = window_length - num_sink_tokens - 1
@@ -133,7 +126,7 @@ def oracle_logits(
     def all_visible(num_kept: list[int]):
         """One mask, or one for each type of layer."""
         masks = [torch.zeros(1, 1, 1, num + 1) for num in num_kept]
-        layer_types = layer_types_of(model.config.get_text_config(decoder=True))
+        layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
         return dict(zip(layer_types, masks)) if layer_types else masks[0]
 
     # The sinks where each token past the window sees them, one row for each: rows do not see each other.
@@ -143,7 +136,10 @@ def oracle_logits(
         run(first.expand(len(shifts), -1), shifts, sink_cache, causal_mask(model, num_sink_tokens))
 
     logits, cache = [], new_cache(model, windows)
-    for token in range(input_ids.shape[1]):
+    if num_at_once:
+        logits.append(run(input_ids[:, :num_at_once], torch.tensor([0]), cache))
+        stored = by_token(cache, len(windows))
+    for token in range(num_at_once, input_ids.shape[1]):
         is_full = token >= window_length
         before, cache = cache, new_cache(model, windows)
         copy_recurrent_states(before, cache)
@@ -206,9 +202,7 @@ class GrowingOracle:
         self.model, self.window_length, self.num_sinks = model, window_length, num_sink_tokens
         self.windows = native_windows(model, window_length)
         self.has_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.is_recurrent = any(
-            hasattr(layer, "recurrent_states") for layer in getattr(new_cache(model, self.windows), "layers", ())
-        )
+        self.is_recurrent = any(hasattr(layer, "recurrent_states") for layer in new_cache(model, self.windows).layers)
         self.empty, self.num_computed = Text(), 0
 
     def append(self, text: Text, token: int) -> Text:
@@ -237,7 +231,7 @@ class GrowingOracle:
             num_kept.append(sum(keys.shape[2] for keys, *_ in kept))
         mask = None
         if any(self.windows) and not MODELS_ASK_FOR_QUERY_OFFSET:
-            layer_types = layer_types_of(self.model.config.get_text_config(decoder=True))
+            layer_types = getattr(self.model.config.get_text_config(decoder=True), "layer_types", None)
             masks = [torch.zeros(1, 1, 1, num + 1) for num in num_kept]
             mask = dict(zip(layer_types, masks)) if layer_types else masks[0]
         grown.logits = self._run([token], torch.tensor([text.length]), cache, mask)[0, -1]

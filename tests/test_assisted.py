@@ -9,24 +9,19 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, random_ids
-from families import TRANSFORMERS, VOCAB_SIZE, build_model
-from generate import Drafter, SinkCache, generate
-from oracle import oracle_logits
 from packaging import version
 from transformers import AutoTokenizer, LogitsProcessor
 from transformers.generation import candidate_generator
+
+from checks import WINDOW, assert_same, random_ids, rings_of
+from custom_generate.drafting import Drafter
+from custom_generate.generate import SinkCache, generate
+from families import TRANSFORMERS, VOCAB_SIZE, build_model
+from oracle import oracle_logits
 from zoo import ZOO_RELEASE, zoo_config
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 RECORD = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
-NO_END = {"eos_token_id": VOCAB_SIZE - 1}  # transformers before 4.57 looks nothing up without one
 ALL_DRAFTS = [(num_draft, num_right) for num_draft in (1, 2, 5, 11) for num_right in range(num_draft + 1)]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("llama", "sdpa")
 
 
 def assistant_like(model, noise: float, **schedule):
@@ -66,8 +61,8 @@ def assert_like_plain_decoding(model, prompt, outputs, window=WINDOW, **options)
     cache = outputs.past_key_values
     assert cache.num_tokens_seen == plain.sequences.shape[1] - 1
     assert cache.unseen_token_ids == plain.sequences[:, -1].tolist()
-    assert not cache._is_recording and not any(states.log for states in cache._states)
-    assert all(type(number) is int for number in (*cache._num_seen, *cache._base))
+    assert not cache.stream.is_recording and not any(ring.log for ring in rings_of(cache))
+    assert all(type(number) is int for number in (*cache.stream.num_seen, *cache.stream.base))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +75,7 @@ def test_drafts_of_every_length_rejected_at_every_place(name, num_prompt_tokens,
     Would catch a token that a rejected one evicted for good, and positions that were lowered within a draft.
     """
     model, prompt = build_model(name), random_ids(num_prompt_tokens)
-    options = {"max_new_tokens": 110, **NO_END}
+    options = {"max_new_tokens": 110}
     text = generate(prompt, model=model, do_sample=False, **options, **WINDOW)
     drafts = itertools.cycle(ALL_DRAFTS)
 
@@ -106,7 +101,7 @@ def test_a_release_that_says_nothing_where_a_whole_draft_stands(model, noise, mo
     crop, num_recorded = SinkCache.crop, []
 
     def crop_of_5_14(self, num_tokens):
-        num_recorded.append(self._num_recorded)
+        num_recorded.append(self.stream.num_recorded)
         is_ours = sys._getframe(1).f_globals["__name__"] == generate.__module__
         if is_ours or num_tokens != 0:
             crop(self, num_tokens if is_ours else torch.tensor(num_tokens))
@@ -140,7 +135,7 @@ def test_an_assistant_has_a_window_of_its_own(model, window_length, num_prompt_t
     assert_like_plain_decoding(model, prompt, outputs, window, max_new_tokens=num_tokens)
     (cache,) = caches
     assert cache.num_tokens_seen > 4 * window_length == 4 * cache.window_length
-    assert all(held.shape[2] <= window_length for states in cache._states for held in states.slots)
+    assert all(ring.slots.shape[2] <= window_length for ring in rings_of(cache))
 
 
 @pytest.mark.parametrize(
@@ -250,9 +245,7 @@ def test_sampled_texts_follow_the_rules(model):
         {"assistant_early_exit": 2},
         {"prompt_lookup_num_tokens": 3},
     ):
-        outputs = generate(
-            random_ids(20), model=model, max_new_tokens=60, **options, **NO_END, **RECORD | {"do_sample": True}, **WINDOW
-        )
+        outputs = generate(random_ids(20), model=model, max_new_tokens=60, **options, **RECORD | {"do_sample": True}, **WINDOW)
         expected = oracle_logits(model, outputs.sequences[:, :-1], *WINDOW.values())
         assert_same(torch.stack(outputs.logits, 1), expected[:, 19:])
 
@@ -311,7 +304,7 @@ def test_several_turns(model, num_padding, static):
         if turn in (2, 3):
             ids, mask = text[:, cache.num_tokens_seen :], torch.ones_like(text)
         outputs = generate(
-            ids, attention_mask=mask.long(), model=model, past_key_values=cache, max_new_tokens=12, **options, **NO_END, **RECORD
+            ids, attention_mask=mask.long(), model=model, past_key_values=cache, max_new_tokens=12, **options, **RECORD
         )
         logits += outputs.logits
         text = torch.cat([text, outputs.sequences[:, ids.shape[1] :]], 1)
@@ -325,9 +318,9 @@ def test_several_turns(model, num_padding, static):
 def test_a_prompt_is_not_recorded(model):
     """It stands: only what may be taken back is worth the memory."""
     cache, seen = SinkCache(**WINDOW), []
-    handle = model.register_forward_pre_hook(lambda module, args: seen.append(cache._is_recording))
+    handle = model.register_forward_pre_hook(lambda module, args: seen.append(cache.stream.is_recording))
     try:
-        generate(random_ids(50), model=model, past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=5, **NO_END)
+        generate(random_ids(50), model=model, past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=5)
     finally:
         handle.remove()
     num_prompt_passes = seen.index(True)

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from checks import assert_same, left_padded, random_ids
-from families import build_model
-from generate import HAS_ALL_BEAM_SEARCHES, SinkCache, generate
-from oracle import oracle_logits
 from transformers import LogitsProcessor
 from transformers.modeling_outputs import CausalLMOutput
+
+from checks import assert_same, left_padded, random_ids
+from custom_generate.generate import SinkCache, generate
+from families import build_model
+from oracle import oracle_logits
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 8, 2
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
@@ -48,9 +49,6 @@ def without_a_cache(model):
     return view
 
 
-in_tree = pytest.mark.skipif(not HAS_ALL_BEAM_SEARCHES, reason="this transformers has it in a repository of its own")
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -59,8 +57,6 @@ in_tree = pytest.mark.skipif(not HAS_ALL_BEAM_SEARCHES, reason="this transformer
         {"num_beams": 3, "num_return_sequences": 2, **SOME_END_EARLY},
         {"num_beams": 3, "early_stopping": True, **SOME_END_EARLY},
         {"num_beams": 3, "do_sample": True, "top_k": 6, "num_return_sequences": 2},
-        pytest.param({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7, "num_return_sequences": 3}, marks=in_tree),
-        pytest.param({"num_beams": 3, "force_words_ids": [[17, 18]]}, marks=in_tree),
     ],
     ids=lambda options: "-".join(name for name in options if name not in ("num_beams", "pad_token_id")) or "plain",
 )

@@ -1,10 +1,10 @@
 """`SinkCache` as an object: what it says of itself, and every operation at every fill level."""
 
 import copy
-import sys
 
 import pytest
 import torch
+
 from checks import (
     NUM_SINK_TOKENS,
     WINDOW_LENGTH,
@@ -14,22 +14,23 @@ from checks import (
     interrupted_at,
     left_padded,
     random_ids,
+    rings_of,
 )
-from families import EAGER_ONLY, build_model, first_served
-from generate import MODELS_ASK_FOR_QUERY_OFFSET, Cursor, SinkCache, Step, Window, generate
+from custom_generate.generate import SinkCache, generate
+from custom_generate.plan import Pass, Plan
+from custom_generate.releases import MODELS_ASK_FOR_QUERY_OFFSET
+from custom_generate.static import Cursor
+from custom_generate.window import Window
+from families import EAGER_ONLY, build_model
 from oracle import oracle_logits
 
+MODEL = "gemma3"  # two native windows of 6 tokens, and two layers with full attention
 # Tokens seen before the operation: fewer than the sinks, filling, at the edge, past it, past several re-bases.
 FILL_LEVELS = [2, 10, WINDOW_LENGTH - 1, WINDOW_LENGTH, WINDOW_LENGTH + 1, 50]
 
 
 def new_cache(model, **kwargs):
     return SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model(first_served("gemma3", "qwen3"), "sdpa", num_hidden_layers=4)
 
 
 def filled(model, num_seen: int, num_rows: int = 1) -> tuple[SinkCache, torch.Tensor]:
@@ -101,33 +102,6 @@ def test_what_can_not_come_in_parts_is_refused(model):
     assert recurrent.num_parts_of(100) == 1
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_layer_may_keep_what_it_was_handed(model, mode):
-    """The memory of what one layer was handed is used for the next (the test would mean nothing if not), but for what is still in use:
-    models whose layers share keys keep it, or a view of it."""
-    with mode():
-        step = Step(Window(6, 2), [9], [12], 12, [0], torch.device("cpu"), False, num_parts=3)
-
-        def handed_out():
-            return step.in_parts(torch.randn(1, 2, 12, 2, 8), torch.randn(1, 2, 4 + 12, 8))
-
-        first = handed_out().data_ptr()
-        assert handed_out().data_ptr() == first
-        kept = handed_out().transpose(1, 2)[..., 2:]
-        before = kept.clone()
-        others = [handed_out() for _ in range(3)]
-        assert kept.data_ptr() - first == 2 * kept.element_size() and len({each.data_ptr() for each in others}) == 3
-        assert kept.equal(before)
-
-
-def test_without_a_count_of_users_no_memory_is_used_again(model, monkeypatch):
-    """It is torch's own business, and may be gone one day."""
-    monkeypatch.setattr(sys.modules[SinkCache.__module__], "num_users_of_storage", None)
-    cache, streams = filled(model, 20)
-    logits = feed(model, cache, streams[:, 20:44], [(24, 6)])
-    assert_same(logits, oracle_logits(model, streams, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 20:44])
-
-
 def test_slots_of_tokens_by_hand():
     """Two sinks and a ring of three, written down: the ground truth that no formula was used for."""
     window = Window(length=5, num_sinks=2)
@@ -142,20 +116,26 @@ def test_slots_of_tokens_by_hand():
     assert seen_by_7 == [True, True, False, False, False, True, True, True, False, False]
 
 
+def pass_of(num_seen: list[int], num_columns: int) -> Pass:
+    """Of rows that have seen so many tokens each, and go on by as many as there are columns."""
+    num_rows = len(num_seen)
+    num_after = [seen + num_columns for seen in num_seen]
+    return Pass(num_seen, [num_columns] * num_rows, num_after, [0] * num_rows, batch_size=num_rows, num_columns=num_columns)
+
+
 @pytest.mark.parametrize("num_seen", [[50], [3, 20]])
 def test_no_slot_is_written_twice_in_a_pass(num_seen):
     """Which of two writes wins is not defined on a GPU: a CPU takes the last one, which would hide it."""
-    num_rows = len(num_seen)
-    step = Step(Window(16, 4), num_seen, [40] * num_rows, 40, [0] * num_rows, torch.device("cpu"), is_ordered=False)
-    rows, slots, _ = step.written(num_rows)
+    plan = Plan(Window(16, 4), pass_of(num_seen, 40), torch.device("cpu"))
+    rows, slots, _ = plan.written
     assert len(set(zip(rows.tolist(), slots.tolist()))) == len(slots) == (12 if num_seen == [50] else 13 + 12)
 
 
 def test_no_slot_is_written_twice_in_a_compiled_pass():
     """The same: sinks are written together with the token, which may be one of them."""
-    cursor = Cursor(Window(16, 4), 2, torch.bool, torch.device("cpu"))
+    cursor = Cursor(Window(16, 4), 2, torch.device("cpu"))
     for num_seen in [0, 0], [2, 3], [3, 20], [4, 5], [1, 1], [40, 41]:
-        cursor.move(num_seen)
+        cursor.move(pass_of(num_seen, 1))
         for row, seen in zip(cursor.slots.tolist(), num_seen):
             assert len(set(row)) == 5 and row[-1] == Window(16, 4).slot(seen)
 
@@ -175,8 +155,7 @@ def test_it_says_what_it_holds(model, num_seen):
     assert cache.get_seq_length() == cache.num_tokens_seen == num_seen
     assert cache.num_tokens_held == min(num_seen, WINDOW_LENGTH)
     assert cache.get_max_length() == cache.get_max_cache_shape() == WINDOW_LENGTH
-    native_window = 6 if model.config.model_type == "gemma3_text" else WINDOW_LENGTH
-    assert [cache.get_max_length(layer) for layer in range(4)] == [native_window, WINDOW_LENGTH] * 2
+    assert [cache.get_max_length(layer) for layer in range(4)] == [6, WINDOW_LENGTH] * 2
     assert cache.batch_size == 1 and len(cache.layers) == 4 and cache.num_bytes_on_host == 0
     expected = f"window_length=16, num_sink_tokens=4, tokens_seen={num_seen}, tokens_held={min(num_seen, 16)}, bytes_held="
     assert expected in repr(cache)
@@ -249,7 +228,7 @@ def test_rows_that_have_seen_as_much_may_stand_at_different_positions(order):
     feed(model, cache, ids, [40], mask)
     ids, mask = left_padded([streams[:1, 40:45], streams[1:, 9:45]])
     feed(model, cache, ids, [36], mask)
-    assert cache.num_tokens_seen_by_row == [45, 45] and cache._base[0] != cache._base[1]
+    assert cache.num_tokens_seen_by_row == [45, 45] and cache.positions[0] != cache.positions[1]
     cache.reorder_cache(torch.tensor(order))
     streams = streams[order]
     logits = feed(model, cache, streams[:, 45:], [1] * 15 + [10])
@@ -313,7 +292,7 @@ def test_roll_back_over_several_passes_and_a_rebase(model):
     cache, streams = filled(model, num_seen)
     cache.activate_past_recording()
     feed(model, cache, random_ids(5, seed=77), [1] * 5)
-    assert cache._base != [0]
+    assert cache.stream.base != [0]
     cache.crop(-5)
     assert_goes_on(model, cache, streams, num_seen)
 
@@ -352,14 +331,14 @@ def test_what_was_recorded_is_let_go(model):
     held = cache.num_bytes_held
     cache.activate_past_recording()
     feed(model, cache, streams[:, 50:55], [5])
-    assert all(states.log for states in cache._states)
+    assert all(ring.log for ring in rings_of(cache))
     cache.crop(0)
-    assert not any(states.log for states in cache._states) and cache.num_bytes_held == held
+    assert not any(ring.log for ring in rings_of(cache)) and cache.num_bytes_held == held
     for layer in cache.layers:
         layer.record_past = False
     assert not any(layer.record_past for layer in cache.layers)
     feed(model, cache, streams[:, 55:60], [5])
-    assert not any(states.log for states in cache._states)
+    assert not any(ring.log for ring in rings_of(cache))
     assert_goes_on(model, cache, streams, 60)
 
 
@@ -483,7 +462,7 @@ def test_a_pass_that_is_given_up_leaves_nothing_behind(model, options, num_seen,
 
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next", "granitemoehybrid", "falcon_h1"])
 def test_recurrent_states_that_have_gone_on_are_not_glossed_over(model_type, tmp_path):
-    """They go on in place, layer by layer, also before the first keys of a pass come and after the last."""
+    """They go on in place, layer by layer. Nobody can tell how far a pass got that did not end, so nothing goes on after it but `reset`."""
     model, streams = build_recurrent_model(model_type), random_ids(60)
     before, expected = new_cache(model), oracle_logits(model, streams, WINDOW_LENGTH, NUM_SINK_TOKENS)
     feed(model, before, streams[:, :40], [40])
@@ -492,14 +471,14 @@ def test_recurrent_states_that_have_gone_on_are_not_glossed_over(model_type, tmp
         cache = copy.deepcopy(before)
         with interrupted_at(layer):
             feed(model, cache, streams[:, 40:41], [1])
-        num_seen = 40
         if layer is model.get_output_embeddings():  # all states are there
             num_seen = 41
-        elif layer is not layers[0]:
+        else:
             with pytest.raises(ValueError, match=r"interrupted before .* all \d+ layers"):
                 cache.prepare(streams[:, 40:41])
             with pytest.raises(ValueError, match="in the middle of a pass"):
                 cache.save(tmp_path / "cache")
+            assert not any(tmp_path.iterdir())
             cache.reset()
             num_seen = 0
         logits = feed(model, cache, streams[:, num_seen:], [60 - num_seen])
@@ -556,7 +535,7 @@ def test_a_loop_that_forgot_no_grad_keeps_no_graph(model):
     input_ids = random_ids(60)
     for token in range(60):
         logits = model(**cache.prepare(input_ids[:, token : token + 1])).logits
-    assert logits.requires_grad and not any(held.requires_grad for states in cache._states for held in states.slots)
+    assert logits.requires_grad and not any(ring.slots.requires_grad for ring in rings_of(cache))
     assert_same(logits.detach(), oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -1:])
 
 

@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-from cards import Cards, plug_in_cards, put
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
-from families import build_model
-from generate import History, SinkCache, generate
-from oracle import oracle_logits
 from transformers import AutoModelForCausalLM
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+from cards import Cards, plug_in_cards, put
+from checks import WINDOW, assert_same, feed, left_padded, random_ids
+from custom_generate.generate import SinkCache, generate
+from families import build_model
+from oracle import oracle_logits
 
 
 @pytest.fixture
@@ -81,9 +80,8 @@ def test_tokens_taken_back_on_two_devices(cards):
     assert_same(logits, reference[:, 70:])
 
 
-def test_generate_on_two_devices(cards, monkeypatch):
+def test_generate_on_two_devices(cards):
     """A padded batch, and its whole history again. The masks stay on the CPU."""
-    monkeypatch.setattr(History, "of", lambda ids: ids)  # one kind of tensor at a time
     model = build_model("llama")
     ids, mask = left_padded([random_ids(60, seed=1), random_ids(53, seed=2)])
     expected = generate(ids, model=model, attention_mask=mask, max_new_tokens=10, do_sample=False, **WINDOW)

@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
-from families import build_model
-from generate import SinkCache, generate
-from oracle import oracle_logits
 from transformers import AutoModelForCausalLM
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+from checks import WINDOW, assert_same, feed, left_padded, random_ids
+from custom_generate.generate import SinkCache, generate
+from families import build_model
+from oracle import oracle_logits
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 

@@ -1,25 +1,23 @@
 """Bad input is refused before the model has computed anything for it, by a message that names it; and nothing has changed then."""
 
 import copy
-import importlib.util
-import inspect
+import importlib
+import sys
 
 import pytest
 import torch
 import transformers
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, left_padded, random_ids
-from families import TRANSFORMERS, build_model
-from generate import CACHE_NAME, CACHE_OPTIONS, UNSUPPORTED_OPTIONS, SinkCache, generate
 from packaging import version
 from transformers import AutoModelForCausalLM, DynamicCache
+
+from checks import WINDOW, left_padded, random_ids
+from custom_generate.generate import SinkCache, generate
+from custom_generate.options import CACHE_OPTIONS, UNSUPPORTED_OPTIONS
+from custom_generate.releases import CACHE_NAME
+from families import TRANSFORMERS, build_model
 from zoo import ZOO_RELEASE, zoo_config
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("qwen3", "sdpa")
+MODEL = "qwen3"
 
 
 @pytest.fixture
@@ -330,10 +328,12 @@ def test_attention_implementations_that_take_other_masks(implementation):
 
 
 def test_a_release_that_is_too_old(monkeypatch):
-    monkeypatch.delattr(transformers.GenerationMixin, "load_custom_generate")
-    spec = importlib.util.spec_from_file_location("with_an_old_release", inspect.getfile(SinkCache))
-    with pytest.raises(ImportError, match="4.52 or newer.*pip install"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    """Refused by its number, as soon as the code is loaded, and not by the first thing that it lacks."""
+    for name in [name for name in sys.modules if name.startswith("custom_generate.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(transformers, "__version__", "4.56.2")
+    with pytest.raises(ImportError, match="4.57 or newer.*pip install"):
+        importlib.import_module("custom_generate.generate")
 
 
 def test_what_is_no_model_and_no_cache(untouched):
@@ -394,7 +394,7 @@ def test_a_changed_history_is_pointed_at(model):
 def test_padding_without_a_mask_is_warned_of(model, caplog):
     ids = random_ids(5, num_rows=2)
     ids[0, :3] = 7
-    transformers.logging.get_logger("generate").propagate = True
+    transformers.logging.get_logger("custom_generate").propagate = True
     with caplog.at_level("WARNING"):
         generate(ids, model=model, pad_token_id=7, eos_token_id=7, max_new_tokens=2, **WINDOW)
     assert "become the sinks" in caplog.text

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
+from custom_generate.generate import SinkCache
 from families import EAGER_ONLY, FAMILIES, ORDERED, REFUSED_BEFORE, build_model, is_refused
-from generate import SinkCache
 from oracle import TOLERANCE, native_windows, oracle_logits, own_cache
 
 CASES = [

@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -23,14 +22,17 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 import transformers
-from checks import assert_same, interrupted_at, left_padded, random_ids
-from families import EAGER_ONLY, FAMILIES, ORDERED, TRANSFORMERS, build_model, is_refused
-from generate import MIN_SLOTS, MODELS_ASK_FOR_QUERY_OFFSET, NUM_TURNS_AT_ONCE, SinkCache, generate
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from oracle import GrowingOracle, Text, oracle_logits
 from packaging.version import Version
+
+from checks import assert_same, interrupted_at, left_padded, move_ahead, random_ids
+from custom_generate.generate import SinkCache, generate
+from custom_generate.layers import MIN_SLOTS, NUM_SHIFTS_AHEAD
+from custom_generate.releases import MODELS_ASK_FOR_QUERY_OFFSET
+from families import EAGER_ONLY, FAMILIES, ORDERED, TRANSFORMERS, build_model, is_refused
+from oracle import GrowingOracle, Text, oracle_logits
 from zoo import ZOO_RELEASE, build_zoo_model
 
 NUM_OPERATIONS = int(os.environ.get("FUZZ_OPERATIONS", 400))
@@ -126,8 +128,7 @@ class Stream:
         return [row.text.length + self.num_gone_by for row in self.rows]
 
     def says(self) -> tuple:
-        self.cache._check_not_in_use(threading.get_ident())  # rows that waited are put back
-        return repr(self.cache), self.cache.num_tokens_seen_by_row, list(self.cache._base), self.cache.batch_size
+        return repr(self.cache), self.cache.num_tokens_seen_by_row, self.cache.positions, self.cache.batch_size
 
 
 STREAM = st.integers(0, MAX_STREAMS - 1)
@@ -165,7 +166,7 @@ class CacheMachine(RuleBasedStateMachine):
         modes = {"static": self.static, "offloaded": mode == "offloaded"}
         self.streams = [Stream(SinkCache.from_model(self.model, window_length, num_sink_tokens, **modes))]
         self.windows = [window or window_length for window in self.oracle.windows]
-        self.has_native_windows = any(layer and layer.native_window for layer in self.streams[0].cache._traits.layers)
+        self.has_native_windows = any(layer and layer.native_window for layer in self.streams[0].cache.traits.layers)
 
     # Feeding
 
@@ -231,7 +232,7 @@ class CacheMachine(RuleBasedStateMachine):
             operations["pass in parts"] += num_parts > 1
             inputs = stream.cache.prepare(ids, None if bool(mask.all()) else mask, num_parts=num_parts)
         except ValueError as error:
-            limit = stream.cache._traits.num_positions
+            limit = stream.cache.traits.max_positions
             assert (
                 (self.is_ordered and self.evicts(stream, counts)) if "one by one" in str(error) else ("Feed fewer" in str(error))
             )
@@ -294,9 +295,9 @@ class CacheMachine(RuleBasedStateMachine):
             or (num > 1 and last > min(*self.windows, self.window_length))
             or self.is_ordered
             or self.is_recurrent
-            or (cache._traits.has_local_attention and not MODELS_ASK_FOR_QUERY_OFFSET)
-            or any(cache._base)
-            or last > (cache._traits.num_positions or 2**24)
+            or (cache.traits.has_local_attention and not MODELS_ASK_FOR_QUERY_OFFSET)
+            or any(cache.stream.base)
+            or last > (cache.traits.max_positions or 2**24)
         )
         try:
             logits = self.model(ids, past_key_values=cache).logits
@@ -459,7 +460,6 @@ class CacheMachine(RuleBasedStateMachine):
             stream.returned = [stream.returned[row] for row in chosen]
         self.check(stream)
 
-    @precondition(lambda self: hasattr(SinkCache, "save"))
     @rule(stream=STREAM)
     def save_and_load(self, stream):
         stream = self.started(stream)
@@ -489,9 +489,7 @@ class CacheMachine(RuleBasedStateMachine):
         operations["let tokens go by"] += 1
         lap = math.lcm(self.window_length - self.num_sinks, self.window_length, *self.windows)
         num = max(10**power // lap, 1) * lap
-        cache = stream.cache
-        cache._num_seen = [seen + num for seen in cache._num_seen]
-        cache._base = [base + num for base in cache._base]
+        move_ahead(stream.cache, num)
         stream.num_gone_by += num
         self.check(stream)
 
@@ -575,8 +573,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.count_recorded(stream, counts)
             return self.advance(stream, counts, None)
         assert cache.num_tokens_seen_by_row == stream.num_seen
-        may_be_compiled = self.static and min(counts) == max(counts) == 1  # and then says nothing of itself
-        if self.is_recurrent and may_be_compiled or layer > 0 and (self.is_recurrent or self.evicts(stream, counts)):
+        if self.is_recurrent or layer > 0 and self.evicts(stream, counts):
             with pytest.raises(ValueError, match="interrupted before"):
                 cache.prepare(ids[:, -1:])
             return self.reset(self.streams.index(stream), chance=5)
@@ -631,11 +628,11 @@ class CacheMachine(RuleBasedStateMachine):
     def most_bytes(self, num_rows: int) -> int:
         """Of keys and values that are kept, and sinks twice as they came; ids; and what does not grow with the rows' length."""
         total = 0
-        for layer, window in zip(self.streams[0].cache._traits.layers, self.windows):
+        for layer, window in zip(self.streams[0].cache.traits.layers, self.windows):
             num_slots = window if self.static else min(window, max(window, MIN_SLOTS))
             for heads, head_dim in layer.shapes:
                 total += num_rows * heads * head_dim * (num_slots + 2 * self.num_sinks)
-                total += 2 * head_dim * (1 + self.num_sinks * (NUM_TURNS_AT_ONCE + 2 * num_rows)) + num_rows * (
+                total += 2 * head_dim * (1 + self.num_sinks * (NUM_SHIFTS_AHEAD + 2 * num_rows)) + num_rows * (
                     window + 2 * self.num_sinks + 8
                 )
         return 4 * total + 8 * num_rows * self.window_length

@@ -2,25 +2,19 @@
 
 import copy
 
-import generate
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
-from families import FAMILIES, TRANSFORMERS, build_model
-from generate import NUM_TURNS_AT_ONCE, SinkCache
-from oracle import native_windows, oracle_logits
 from packaging import version
 from stdlib_text import stdlib_text
 
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, move_ahead, random_ids, rings_of
+from custom_generate import probe
+from custom_generate.generate import SinkCache
+from custom_generate.layers import NUM_SHIFTS_AHEAD
+from families import FAMILIES, TRANSFORMERS, build_model
+from oracle import native_windows, oracle_logits
+
 BILLION = 10**9
-
-
-def move_counters(cache: SinkCache, num_tokens: int) -> None:
-    """As if that many tokens more had gone by: a multiple of the ring and of the window, so that slots and positions fit."""
-    step = WINDOW_LENGTH * (WINDOW_LENGTH - NUM_SINK_TOKENS)
-    assert num_tokens % step == 0
-    cache._num_seen = [seen + num_tokens for seen in cache._num_seen]
-    cache._base = [base + num_tokens for base in cache._base]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt-j", "llama-dynamic", "phi3-longrope", "deepseek-v3", "bloom"])
@@ -31,7 +25,7 @@ def test_a_stream_at_position_ten_to_the_nine_is_as_at_its_start(name):
     near = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
     feed(model, near, input_ids[:, :40], [16] + [1] * 24)
     far = copy.deepcopy(near)
-    move_counters(far, BILLION // 192 * 192)
+    move_ahead(far, BILLION // 192 * 192)
     sizes = [1] * 80 if name == "bloom" else [1] * 30 + [9, 20] + [1] * 21
     expected = feed(model, near, input_ids[:, 40:], sizes)
     assert_same(feed(model, far, input_ids[:, 40:], sizes), expected)
@@ -39,32 +33,33 @@ def test_a_stream_at_position_ten_to_the_nine_is_as_at_its_start(name):
 
 
 def test_no_mask_is_as_long_as_the_text():
-    """Before 4.53, models whose config names a sliding window, used or not, make one for a single token too, once the text is longer."""
+    """Nor anything else that the model is given or makes for itself from positions: a text of so many tokens would take more bytes than
+    any machine has."""
     model = build_model("qwen3", "sdpa")
     near = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
     feed(model, near, random_ids(40), [40])
     far = copy.deepcopy(near)
-    move_counters(far, 192 * 2**50)  # more bytes than any machine has
+    move_ahead(far, 192 * 2**50)
     expected = feed(model, near, random_ids(10, seed=2), [1] * 10)
     assert_same(feed(model, far, random_ids(10, seed=2), [1] * 10), expected)
 
 
-def test_positions_stay_below_twice_the_window_and_keys_are_turned_once_a_window():
+def test_positions_stay_below_twice_the_window_and_keys_are_rotated_once_a_window():
     """The bound behind shift and precision. Counted on what the model is given, and on what is written to the slots."""
     model = build_model("llama")
     cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
-    turned_at, positions = [], []
+    rebased_at, positions = [], []
     for token in range(10 * WINDOW_LENGTH):
-        base = cache._base[0]
+        base = cache.stream.base[0]
         inputs = cache.prepare(random_ids(1, seed=token))
         positions.append(int(inputs["position_ids"]))
-        if cache._base[0] != base:
-            turned_at.append(token)
+        if cache.stream.base[0] != base:
+            rebased_at.append(token)
         with torch.no_grad():
             model(**inputs)
     assert max(positions) == 2 * WINDOW_LENGTH - 1
     assert positions[: 2 * WINDOW_LENGTH] == list(range(2 * WINDOW_LENGTH))
-    assert turned_at == list(range(2 * WINDOW_LENGTH, 10 * WINDOW_LENGTH, WINDOW_LENGTH))
+    assert rebased_at == list(range(2 * WINDOW_LENGTH, 10 * WINDOW_LENGTH, WINDOW_LENGTH))
 
 
 @pytest.mark.parametrize("name", ["phi3-longrope", "llama-dynamic", "llama4"])
@@ -119,16 +114,17 @@ def test_in_bfloat16_the_error_does_not_grow_with_age(name, tiny_model, tokenize
     assert ratio <= 1.1
 
 
-def test_turning_keys_back_costs_one_rounding(monkeypatch):
-    """In 16 bits keys are turned back rarely. Made to happen every window here, it costs a rounding and no more."""
-    monkeypatch.setattr(generate, "MIN_TURN_IN_16_BITS", 0)
+def test_a_rebase_costs_one_rounding(monkeypatch):
+    """In 16 bits, positions are rarely lowered, since the keys are rotated and rounded then. Made to happen every window here, it costs a
+    rounding and no more."""
+    monkeypatch.setattr(probe, "MIN_TURN_IN_16_BITS", 0)
     model, input_ids = build_model("qwen3", num_hidden_layers=2), random_ids(400)
     exact = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -80:]
     model = model.to(torch.bfloat16)
     rounded = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -80:]
     cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
     ours = feed(model, cache, input_ids, [1] * 400)[:, -80:]
-    assert cache._base[0] >= 300
+    assert cache.stream.base[0] >= 300
     assert (ours.float() - exact).abs().mean() <= 1.25 * (rounded.float() - exact).abs().mean()
 
 
@@ -155,16 +151,16 @@ def test_memory_is_constant_to_the_byte_once_the_window_is_full():
     cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
     feed(model, cache, random_ids(WINDOW_LENGTH), [WINDOW_LENGTH])
     held = cache.num_bytes_held
-    tensors = [held.data_ptr() for states in cache._states for held in states.slots]
+    places = [ring.slots.data_ptr() for ring in rings_of(cache)]
     feed(model, cache, random_ids(200), [1] * 50 + [50] * 3)
     assert cache.num_bytes_held == held
-    assert [held.data_ptr() for states in cache._states for held in states.slots] == tensors
+    assert [ring.slots.data_ptr() for ring in rings_of(cache)] == places
     # Four layers, two heads of 8, float32: two layers of 6 slots, two of 16. Beside them, of the key sinks that move, as they came and
-    # with partners, and cosines and sines of the next rotations. Before transformers 4.53, all layers have 6 slots.
+    # with partners, and cosines and sines of the next rotations.
     num_full = sum(window is None for window in native_windows(model, WINDOW_LENGTH))
-    assert num_full == (2 if TRANSFORMERS >= version.parse("4.53") else 0)
+    assert num_full == 2
     slots = num_full * WINDOW_LENGTH + (4 - num_full) * 6
-    sinks = num_full * 2 * NUM_SINK_TOKENS + (NUM_TURNS_AT_ONCE * NUM_SINK_TOKENS if num_full else 0)
+    sinks = num_full * 2 * NUM_SINK_TOKENS + (NUM_SHIFTS_AHEAD * NUM_SINK_TOKENS)
     assert held == 4 * 8 * 2 * (2 * slots + sinks) + 8 * WINDOW_LENGTH
 
 
@@ -172,7 +168,7 @@ def test_a_short_text_does_not_pay_for_a_long_window():
     model = build_model("llama")
     cache = SinkCache.from_model(model, 4096, NUM_SINK_TOKENS)
     feed(model, cache, random_ids(40), [40])
-    assert all(held.shape[2] < 100 for states in cache._states for held in states.slots)
+    assert all(ring.slots.shape[2] < 100 for ring in rings_of(cache))
 
 
 def test_recomputing_the_oracle_in_another_way_gives_the_same():

@@ -10,12 +10,15 @@ import threading
 import pytest
 import torch
 import transformers
-from checks import assert_same, left_padded, random_ids
-from families import VOCAB_SIZE, build_model
-from generate import SinkCache, generate
-from oracle import oracle_logits
 from transformers import GenerationConfig, LogitsProcessorList, TextIteratorStreamer, TextStreamer
 from transformers.generation import logits_process
+
+from checks import assert_same, left_padded, random_ids
+from custom_generate.generate import SinkCache, generate
+from families import VOCAB_SIZE, build_model
+from oracle import oracle_logits
+
+MODEL = "qwen3"
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 8, 2
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
@@ -24,11 +27,6 @@ LENGTH = NUM_PROMPT_TOKENS + NUM_NEW_TOKENS
 RECORD = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
 EOS = 60
 PROMPT = random_ids(NUM_PROMPT_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("qwen3", "sdpa")
 
 
 def processor(name: str, *args, **kwargs):

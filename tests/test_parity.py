@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate import SinkCache, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from custom_generate.generate import SinkCache, generate
 
 TEXT = "The cache holds the first tokens and the most recent ones. What is in between is gone, and the text goes on. " * 8
 # Of the logits' standard deviation, mean difference: rounding of the dtype, not a position that is off.
@@ -64,7 +65,7 @@ def test_past_the_window_logits_do_not_depend_on_how_tokens_are_fed(model, input
     window = {"window_length": 48, "num_sink_tokens": 4}
     one_by_one, cache = feed(model, input_ids, [48] + [1] * 112, **window)
     assert cache.num_tokens_held == 48
-    if not cache._traits.is_ordered:
+    if not cache.traits.is_ordered:
         assert_same(feed(model, input_ids, [30, 40, 50, 40], **window)[0], one_by_one)
 
 

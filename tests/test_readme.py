@@ -1,6 +1,7 @@
-"""The model card: its code and its commands run, and what it lists, links and shows is what is there.
+"""README.md and docs/: every example and every command runs, links lead somewhere, and tables say what was measured.
 
-Examples run on the tiny model in place of the models and repositories that they name on the Hub.
+Examples run on the tiny model in place of the models and repositories that they name on the Hub. Nothing here fixes the
+wording of a page.
 """
 
 import importlib.util
@@ -16,67 +17,65 @@ import time
 import urllib.request
 from pathlib import Path
 
-import evaluate
-import publish
 import pytest
 import transformers
-from families import TRANSFORMERS, allow_local_code
-from generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_PREFILL_CHUNK_SIZES, DEFAULT_WINDOW_LENGTH, UNSUPPORTED_OPTIONS, generate
+import yaml
 from packaging.version import Version
 
+import evaluate
+from custom_generate.feed import DEFAULT_PREFILL_CHUNK_SIZES
+from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, generate
+from custom_generate.options import UNSUPPORTED_OPTIONS
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-METADATA, TEXT = publish.split_card(README)
-# Its name in the examples: another one in what has been published.
-REPO_ID = re.search(r'custom_generate="([\w.-]+/[\w.-]+)"', TEXT)[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+METADATA = yaml.safe_load(re.match(r"---\n(.*?\n)---\n", TEXTS[README], re.DOTALL)[1])
 MODEL_ID = "Qwen/Qwen3-0.6B"
-# One entry for each block of code: the heading above it, and the code.
-PARTS = [(part.partition("\n")[0].strip(), part) for part in re.split(r"^#+ ", TEXT, flags=re.MULTILINE)]
-PYTHON = [(heading, code) for heading, part in PARTS for code in re.findall(r"```python\n(.*?)```", part, re.DOTALL)]
-BASH = [(heading, code) for heading, part in PARTS for code in re.findall(r"```bash\n(.*?)```", part, re.DOTALL)]
-IMAGES = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", TEXT)
+# The name of this repository in the examples: another one in what has been published.
+REPO_ID = re.search(r'custom_generate="([\w.-]+/[\w.-]+)"', TEXTS[README])[1]
+# What is published and what the commands need.
+COPIED = ("custom_generate", "docs", "figures", "results", "scripts", "tests")
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-SECTIONS = [
-    "Description",
-    "Base model",
-    "Model compatibility",
-    "Additional Arguments",
-    "Output Type changes",
-    "Example usage",
-    "Results",
-    "How it works",
-    "FAQ",
-    "Limits",
-    "Files",
-    "Publish your own",
-    "Citation",
-]
-# The long commands, cut short: option and value -> what takes their place. A command without an entry runs as it is.
-SHORTER = {
-    "scripts/evaluate.py": "scripts/evaluate.py --num-tokens 200 --batch-size 2",
-    "scripts/stream_eval.py": "scripts/stream_eval.py --num-streams 2 --num-queries 1 --window-length 32",
-    "--num-tokens 1000000": "--num-tokens 300",
-    "--num-tokens 100000 --skip-tokens 900000": "--num-tokens 200 --skip-tokens 100",
-    "--window-length 16 32 64 128 256 512 1024 2048 4096": "--window-length 16 256",
-    "--num-tokens 700": "--num-tokens 300",
-    "--num-tokens 12288": "--num-tokens 300",
-    "--num-tokens 16384": "--num-tokens 300",
-    "--max-new-tokens 200000": "--max-new-tokens 300",
-    "--num-threads 1": "--num-threads 1 --preset tiny --window-length 32 --num-tokens 4 --num-rounds 2 --methods sink dynamic",
-    "--window-length 16384 32768 --num-rounds 9 --num-tokens 16": "--max-fill-length 8",
-    "--batch-size 8 --window-length 256 1024 4096 --num-rounds 9 --num-tokens 16": "--batch-size 2",
-    "--methods sink sink-compiled dynamic static static-compiled rerotate frozen": "--methods sink frozen",
-    "--methods sink sink-compiled dynamic static-compiled rerotate frozen": "--methods sink frozen",
-    "--measure age --preset tiny --window-length 256 --num-tokens 200 --num-rounds 60 --age 512 100000 1000000": "--measure age --age 20 40",
-    "--measure stream --preset tiny --window-length 256 --stream-length 1000 10000 100000": "--measure stream --stream-length 20 40",
-    "--methods sink-generate sink-static-generate sink-compiled dynamic-generate native-window-generate rerotate": "--methods sink-generate",
-    "--measure prefill --window-length 256": "--measure prefill --prefill-windows 4",
-    "--chunk-length 128 256 --max-dynamic-length 4096 --prefill-rounds 5": "--chunk-length 8 --prefill-rounds 1",
-}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+# Options that make a measurement small: they stand behind those of the page, and the last one counts.
+SMALL = {
+    "scripts/benchmark.py": "--preset tiny --window-length 32 --num-tokens 4 --num-rounds 2 --batch-size 2 "
+    "--methods sink dynamic --age 20 40 --stream-length 20 40 --prefill-windows 4 --chunk-length 8 --prefill-rounds 1",
+    "scripts/chat.py": "--max-new-tokens 20",
+    "scripts/demo.py": "--max-new-tokens 300",
+    "scripts/evaluate.py": "--num-tokens 200 --skip-tokens 0 --batch-size 2 --window-length 96",
+    "scripts/plot.py": "",
+    "scripts/stream_eval.py": "--num-streams 2 --num-queries 1 --window-length 32",
+}
+# Options that ask for another model than the tiny one.
+ANOTHER_MODEL = {"--model", "--dataset", "--task"}
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """The blocks of code of a page in one language: the line on which each begins, and its code."""
+    found = re.finditer(rf"^```{language}\n(.*?)^```", TEXTS[page], re.MULTILINE | re.DOTALL)
+    return [(TEXTS[page].count("\n", 0, block.start(1)), block[1]) for block in found]
+
+
+def images(page: Path) -> list[tuple[str, str]]:
+    """Description and path of each figure of a page."""
+    return re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", TEXTS[page])
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page that run a script of this repository, without repetitions."""
+    lines = [line for _, code in blocks(page, "bash") for line in code.splitlines()]
+    found = [line.rpartition("&& ")[2].partition("  # ")[0].strip() for line in lines]
+    return list(dict.fromkeys(command for command in found if command.startswith("python scripts/")))
 
 
 def run(command: list, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
@@ -87,107 +86,123 @@ def run(command: list, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     return done
 
 
-def run_example(code: str, repo: Path, cwd: Path) -> str:
-    """The standard output of an example, run on the model in the folder `repo`."""
-    for name in (REPO_ID, MODEL_ID):
-        code = code.replace(f'"{name}"', repr(str(repo)))
-    assert str(repo) in code
-    code = code.replace("torch.compile(", 'torch.compile(backend="eager", model=')  # captured, not translated: that takes minutes
-    return run([sys.executable, "-c", allow_local_code(repo) + code], cwd).stdout
-
-
 @pytest.fixture(scope="module")
 def copy_of_repository(tmp_path_factory) -> Path:
-    """What is published, in a folder in which commands may write."""
+    """A copy in which commands may write, and whose model has a chat template."""
     folder = tmp_path_factory.mktemp("copy") / "sink_cache"
-    for path in publish.list_files(ROOT, publish.PATTERNS):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / path, folder / path)
+    folder.mkdir()
+    for name in COPIED:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for path in [README, *ROOT.glob("*.json"), *ROOT.glob("*.safetensors")]:
+        shutil.copyfile(path, folder / path.name)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
 
 
 # What runs
 
+# Every example goes on from the first one of its page, each by itself. Compiled code is captured and not translated: that would
+# take minutes.
+RUN_BLOCKS = """
+import contextlib, copy, functools, io, json, sys
+import torch
+torch.compile = functools.partial(torch.compile, backend="eager")
+page, blocks = json.load(sys.stdin)
+first = {}
+for number, (line, code) in enumerate(blocks):
+    names = first if number == 0 else first | {"model": copy.deepcopy(first["model"])}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile("\\n" * line + code, page, "exec"), names)
+    assert said.getvalue().strip(), f"The example in line {line + 1} of {page} prints nothing."
+print(len(blocks))
+"""
 
-@pytest.mark.parametrize("code", [pytest.param(code, id=heading) for heading, code in PYTHON])
-def test_the_code_runs(code, tmp_path):
-    assert run_example(code, ROOT, tmp_path).strip()
+
+def on_the_tiny_model(code: str, repo: Path) -> str:
+    for name in (REPO_ID, MODEL_ID):
+        code = code.replace(f'"{name}"', repr(str(repo)))
+    return code
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
+def test_every_example_runs(page, copy_of_repository):
+    examples = [(line, on_the_tiny_model(code, copy_of_repository)) for line, code in blocks(page, "python")]
+    done = run([sys.executable, "-c", RUN_BLOCKS], copy_of_repository, input=json.dumps([str(page), examples]))
+    assert int(done.stdout.strip().splitlines()[-1]) == len(examples)
 
 
 @pytest.mark.parametrize("is_finished", [True, False], ids=["finished answers", "answers cut short"])
 def test_the_chat_follows_a_chat_template(copy_of_repository, tmp_path, is_finished):
-    """The ids are put together turn by turn, and have to be those of the template for the whole conversation; the tiny model has
-    none, so the example as it is only shows the other branch."""
-    repo = Path(shutil.copytree(copy_of_repository, tmp_path / "with_template"))
-    (repo / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    code = dict(PYTHON)["Chat"]
-    assert "max_new_tokens=50" in code
+    """The ids are put together turn by turn, and have to be the ids of the template for the whole conversation."""
+    first, *others = [code for _, code in blocks(README, "python")]
+    (code,) = [code for code in others if "apply_chat_template" in code]
     if is_finished:  # the last token allowed is the one that ends an answer
-        code = code.replace("max_new_tokens=50", "max_new_tokens=50, forced_eos_token_id=tokenizer.eos_token_id")
+        first += "\nmodel.generation_config.forced_eos_token_id = tokenizer.eos_token_id\n"
     code += """
 import re
 conversation = tokenizer.decode(text[0])
 said = re.findall(r"\\[(user|assistant)\\](.*?)(?:</s>|$)", conversation, re.S)
 messages = [{"role": role, "content": content} for role, content in said]
-assert [message["role"] for message in messages] == 3 * ["user", "assistant"], conversation
-assert messages[4]["content"] == "Where is the tallest?", conversation
+assert len(messages) == 6 and [message["role"] for message in messages] == 3 * ["user", "assistant"], conversation
 expected = tokenizer.apply_chat_template(messages, tokenize=False)
 assert expected == conversation + tokenizer.eos_token, conversation
 assert cache.get_seq_length() >= text.shape[1] - 1
 """
-    run_example(code, repo, tmp_path)
+    run([sys.executable, "-c", on_the_tiny_model(first + code, copy_of_repository)], tmp_path)
 
 
-@pytest.mark.skipif(TRANSFORMERS < Version("4.53"), reason="the README says that scripts want 4.53 or newer")
-@pytest.mark.parametrize("code", [pytest.param(code, id=heading) for heading, code in BASH if "python scripts/" in code])
-def test_the_commands_run(code, copy_of_repository):
-    """One after the other, in the repository. Installing is what CI does; publishing and the table of types have their own tests."""
-    commands = [line.rpartition("&& ")[2] for line in code.splitlines()]
-    tested_elsewhere = ("pytest", "compatibility.py", "publish.py", "hf auth")
-    commands = [command for command in commands if not any(word in command for word in tested_elsewhere)]
-    for command in commands:
-        for long, short in SHORTER.items():
-            command = command.replace(long, short)
-        if command == "python scripts/demo.py":
-            command += " --max-new-tokens 300"
-        if "figures.py" in command or "plot.py" in command:
-            pytest.importorskip("matplotlib")
-        program, *arguments = shlex.split(command)
-        assert program == "python"
-        said = "import os\n/stats\n"  # to the chat
-        assert json.loads(run([sys.executable, *arguments], copy_of_repository, input=said).stdout.strip().splitlines()[-1])
+@pytest.mark.parametrize("command", list(dict.fromkeys(command for page in PAGES for command in commands(page))))
+def test_every_command_runs(command, copy_of_repository):
+    """Measurements run small. Where a command needs another model or the Hub, or takes hours, only its options are compared with the
+    options of its script: installing is what CI does, and the other scripts have tests of their own."""
+    _, script, *options = shlex.split(command)
+    if script == "scripts/plot.py":
+        pytest.importorskip("matplotlib")
+    if script in SMALL and ANOTHER_MODEL.isdisjoint(options):
+        options += shlex.split(SMALL[script])
+        done = run([sys.executable, script, *options], copy_of_repository, input="import os\n/stats\n")
+        assert json.loads(done.stdout.strip().splitlines()[-1])
+    else:
+        known = run([sys.executable, script, "--help"], copy_of_repository).stdout
+        assert all(option in known for option in options if option.startswith("--"))
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    command = re.search(r"^pip install.*pytest.*$", README, re.MULTILINE).group()
-    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+    install, test = re.search(r"^(pip install.*) && (.*pytest.*)$", TEXTS[README], re.MULTILINE).groups()
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace(" --quiet", "").splitlines()
+    assert install in lines and test in lines
 
 
 # `transformers serve` and `transformers chat`
 
-SERVE_HEADING = "`transformers serve` and `transformers chat`"
-HAS_SERVE = importlib.util.find_spec("fastapi") is not None and TRANSFORMERS >= Version("5.5")
+HAS_SERVE = importlib.util.find_spec("fastapi") is not None and Version(transformers.__version__) >= Version("5.5")
 serving = pytest.mark.skipif(not HAS_SERVE, reason="needs transformers[serving], 5.5 or newer")
 # A window that an answer leaves far behind, in place of the one in the examples.
 SERVED_WINDOW, NUM_SERVED_TOKENS = "24", 100
 
 
+def serve_blocks() -> list[str]:
+    """Setting up, chatting, asking: the three blocks of the recipe."""
+    (page,) = [page for page in PAGES if "transformers serve --" in TEXTS[page]]
+    codes = [code for _, code in blocks(page, "bash")]
+    start = next(number for number, code in enumerate(codes) if "transformers serve --" in code)
+    return codes[start : start + 3]
+
+
 class Served:
-    """A folder as the README makes it, and a server as the README starts it."""
+    """A folder as the recipe makes it, and a server as the recipe starts it."""
 
     def __init__(self, place: Path, repository: Path):
-        setup, self.chat, self.request = (
-            code.replace("1024", SERVED_WINDOW).strip() for heading, code in BASH if heading == SERVE_HEADING
-        )
+        setup, self.chat, self.request = (code.replace("1024", SERVED_WINDOW).strip() for code in serve_blocks())
         self.place, self.folder = place, place / "qwen3-sinks"
         for line in filter(None, setup.splitlines()):
             words = shlex.split(line)
             if words[:3] == ["hf", "download", MODEL_ID]:
                 assert words[3:] == ["--local-dir", self.folder.name]
                 self.folder.mkdir()
-                for path in publish.list_files(repository, publish.MODEL_PATTERNS):
-                    shutil.copyfile(repository / path, self.folder / path)
-                (self.folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+                for path in [*repository.glob("*.json"), *repository.glob("*.safetensors"), repository / "chat_template.jinja"]:
+                    shutil.copyfile(path, self.folder / path.name)
             elif words[:3] == ["hf", "download", REPO_ID]:
                 assert words[3:] == ["--include", "custom_generate/*", "--local-dir", self.folder.name]
                 shutil.copytree(repository / "custom_generate", self.folder / "custom_generate")
@@ -295,36 +310,42 @@ def test_the_metadata_is_what_the_hub_lists_a_method_by():
     assert "base_model" not in METADATA, "the tiny model was trained from scratch"
 
 
-def test_the_sections_are_in_the_order_of_the_hubs_cards():
-    assert re.findall(r"^## (.*)$", TEXT, re.MULTILINE) == SECTIONS
+def test_the_readme_is_read_in_one_sitting():
+    assert len(TEXTS[README].splitlines()) <= 250
 
 
-def test_the_first_question_is_whether_the_context_gets_longer():
-    first = re.search(r"^\*\*(.*?)\*\* (\w+)", TEXT.partition("## FAQ")[2], re.MULTILINE)
-    assert first.groups() == ("Does the context get longer?", "No")
+def test_the_readme_has_the_sections_of_the_hubs_cards():
+    sections = ", ".join(re.findall(r"^## (.*)$", TEXTS[README], re.MULTILINE))
+    first, last = (
+        "Description, Base model, Model compatibility, Additional Arguments, Output Type changes, Example usage",
+        "Citation",
+    )
+    assert sections == f"{first}, Results, FAQ, Limits, {last}"
 
 
 def test_refused_options_are_listed():
     for name in UNSUPPORTED_OPTIONS:
-        assert f"`{name}`" in README
+        assert f"`{name}`" in TEXTS[ROOT / "docs" / "options.md"]
 
 
 def test_defaults_are_those_of_the_code():
     filling, full, undivided = DEFAULT_PREFILL_CHUNK_SIZES
-    assert f"| `window_length` | {DEFAULT_WINDOW_LENGTH} |" in README
-    assert f"| `num_sink_tokens` | {DEFAULT_NUM_SINK_TOKENS} |" in README
-    assert f"| `prefill_chunk_size` | {filling}, {full}, {undivided} |" in README
+    assert f"| `window_length` | {DEFAULT_WINDOW_LENGTH} |" in TEXTS[README]
+    assert f"| `num_sink_tokens` | {DEFAULT_NUM_SINK_TOKENS} |" in TEXTS[README]
+    assert f"| `prefill_chunk_size` | {filling}, {full}, {undivided} |" in TEXTS[README]
 
 
 def test_the_range_of_releases_begins_where_the_requirements_do():
     requirements = dict(line.split(">=") for line in (ROOT / "custom_generate" / "requirements.txt").read_text().split())
-    assert f"transformers {requirements['transformers']} to " in README
-    assert f"torch {requirements['torch']} or newer" in README
+    for page in (README, ROOT / "docs" / "models.md"):
+        assert f"transformers {requirements['transformers']} to " in TEXTS[page]
+        assert f"torch {requirements['torch']} or newer" in TEXTS[page]
 
 
 def table_after(title: str) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table whose head begins with `title`."""
-    table = re.search(rf"^\| {title} .*?\n\n", README, re.MULTILINE | re.DOTALL).group().strip().splitlines()
+    """Head and rows of the one table whose head begins with `title`, on whatever page."""
+    found = [re.search(rf"^\| {title} .*?(?=\n\n|\Z)", text, re.MULTILINE | re.DOTALL) for text in TEXTS.values()]
+    (table,) = [each.group().strip().splitlines() for each in found if each]
     head, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in table)
     return head, rows
 
@@ -353,7 +374,8 @@ def test_the_results_are_those_that_were_measured():
 
 
 def test_long_streams_are_those_that_were_measured():
-    """Nats over the last tenth in the long stream and in one that began there, and what is held: after the first window, and in the end."""
+    """Nats over the last tenth, in the long stream and in a stream that began there; and bytes held after the first window and
+    in the end."""
     _, table = table_after("long streams")
     rows = measured("long.csv")
     for dtype, shown_length, *nats, first_held, last_held in table:
@@ -380,31 +402,59 @@ def test_the_windows_to_choose_from_are_those_that_were_measured():
 # What it links and shows
 
 
-def test_linked_files_are_published():
-    published = set(publish.list_files(ROOT, publish.PATTERNS))
-    links = {link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("https://")}
-    assert (
-        links == {path for _, path in IMAGES} == {path.relative_to(ROOT).as_posix() for path in (ROOT / "figures").glob("*.png")}
-    )
-    for path in links | set(re.findall(r"`((?:scripts|custom_generate|tests|results)/[\w./]+\.\w+)", TEXT)):
-        assert path in published, path
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub and the Hub give to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=page_name)
+def test_every_link_leads_somewhere(page):
+    """Relative links to files work in a checkout and on the Hub."""
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file() and target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+    for path in re.findall(r"`((?:scripts|custom_generate|tests|results|docs)/[\w./]+\.(?:py|csv|txt|md))\b", text):
+        assert (ROOT / path).is_file(), path
+
+
+def test_every_figure_is_shown():
+    shown = {(page.parent / path).resolve() for page in PAGES for _, path in images(page)}
+    assert shown == {*(ROOT / "figures").glob("*.png")}
+
+
+def test_modules_are_listed_in_an_order_in_which_they_can_be_read():
+    """Each module of the table imports only modules that stand above it."""
+    order = re.findall(r"`custom_generate/(\w+)\.py`", TEXTS[ROOT / "docs" / "how_it_works.md"].partition("| module |")[2])
+    assert sorted(order) == sorted(path.stem for path in (ROOT / "custom_generate").glob("*.py"))
+    for number, name in enumerate(order):
+        source = (ROOT / "custom_generate" / f"{name}.py").read_text(encoding="utf-8")
+        assert set(re.findall(r"^from \.(\w+) import", source, re.MULTILINE)) <= {*order[:number]}, name
 
 
 def test_every_script_is_listed():
     for script in (ROOT / "scripts").glob("*.py"):
-        if "argparse" in script.read_text(encoding="utf-8") and script.name != "common.py":
-            assert f"`scripts/{script.name}`" in README, script
+        assert f"`scripts/{script.name}`" in TEXTS[ROOT / "docs" / "contributing.md"], script
 
 
-@pytest.mark.parametrize("alt, path", IMAGES)
+@pytest.mark.parametrize(
+    "alt, path", [pytest.param(alt, page.parent / path, id=path) for page in PAGES for alt, path in images(page)]
+)
 def test_figures_are_small_and_legible_on_any_background(alt, path):
-    assert len(alt) > 100, "for those who can't see it"
-    content = (ROOT / path).read_bytes()
+    assert len(alt) > 100, "for readers who can't see it"
+    content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) < 150_000
     color_type = content[25]
     assert color_type in (0, 2, 3) and b"tRNS" not in content, "transparent: it would vanish in dark mode"
 
 
-def test_tables_written_by_scripts_have_their_place():
-    for name in ("releases", "compatibility", "works-with"):
-        assert README.count(f"<!-- {name}: begin -->") == README.count(f"<!-- {name}: end -->") == 1
+@pytest.mark.parametrize("name", ["releases", "compatibility", "works-with", "speed"])
+def test_tables_written_by_scripts_have_their_place(name):
+    """Each has its own test that it is what its script makes: test_works_with.py, test_zoo.py, test_scripts.py."""
+    assert sum(text.count(f"<!-- {name}: begin -->\n") for text in TEXTS.values()) == 1
+    assert sum(text.count(f"\n<!-- {name}: end -->") for text in TEXTS.values()) == 1

@@ -2,17 +2,20 @@
 
 import math
 
-import generate
 import pytest
 import torch
 import transformers
-from checks import assert_same, feed, random_ids
-from families import FAMILIES, ORDERED, TRANSFORMERS, build_model
-from generate import Rotation, SinkCache, candidate_rotations
-from oracle import oracle_logits
 from packaging import version
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as rotate_interleaved
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_halves
+
+from checks import assert_same, feed, random_ids
+from custom_generate import probe
+from custom_generate.generate import SinkCache
+from custom_generate.probe import ROTATION_TOLERANCE
+from custom_generate.rotation import Rotation, candidate_rotations
+from families import FAMILIES, ORDERED, TRANSFORMERS, build_model
+from oracle import oracle_logits
 from zoo import ZOO_RELEASE, build_zoo_model
 
 HEAD_DIM = 8
@@ -84,7 +87,7 @@ def test_a_wrong_rotation_explains_nothing(wrong, dtype):
     first = torch.randn(4, 1, 2, HEAD_DIM, generator=torch.Generator().manual_seed(0)).to(dtype)
     rotation = halves()
     keys = rotation.turn(first, rotation.angles(torch.zeros(4), positions)[None, :, None])
-    tolerance, _ = generate.ROTATION_TOLERANCE[dtype]
+    tolerance, _ = ROTATION_TOLERANCE[dtype]
     assert rotation.misfit(keys, positions) <= tolerance
     assert WRONG[wrong](rotation).misfit(keys, positions) > tolerance
 
@@ -97,13 +100,18 @@ def test_keys_off_by_one_position_are_not_explained():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_two_candidates_explain_one_model(name):
+def test_no_two_candidates_explain_one_model(name, monkeypatch):
     """The first that fits is taken, so there must be no second one that fits and moves keys otherwise."""
-    model = build_model(name)
-    traits = SinkCache.from_model(model, 16, 4)._traits
+    model, tables = build_model(name), []
+
+    def candidates(head_dim, found):
+        tables[:] = found  # the frequencies that the model has
+        return candidate_rotations(head_dim, found)
+
+    monkeypatch.setattr(probe, "candidate_rotations", candidates)
+    traits = SinkCache.from_model(model, 16, 4).traits
     assert traits.is_ordered == (name in ORDERED)
     positions = torch.tensor([0, 1, 16, 31])
-    tables = generate._inverse_frequencies(model, model.config)
     for layer in traits.layers:
         for rotation, (_, head_dim) in zip(layer.rotations, layer.shapes):
             keys = torch.randn(4, 1, 2, head_dim, generator=torch.Generator().manual_seed(0))
@@ -144,7 +152,7 @@ def test_a_known_rotation_is_found_without_any_entry_for_the_model(monkeypatch):
     model = patched_rotation(monkeypatch, interleaved)
     input_ids = random_ids()
     cache = SinkCache.from_model(model, 16, 4)
-    assert cache._traits.layers[0].rotations[0].partner.tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
+    assert cache.traits.layers[0].rotations[0].partner.tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
     assert_same(feed(model, cache, input_ids, [16] + [1] * 64), oracle_logits(model, input_ids, 16, 4))
 
 
@@ -165,12 +173,8 @@ def test_a_model_that_counts_positions_by_itself_is_refused(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-j", "deepseek-v3", "cohere", "llama-yarn", "phi"])
 def test_the_rotation_is_found_in_half_precision(name, dtype):
-    exact = SinkCache.from_model(build_model(name), 16, 4)._traits
-    if name == "gpt-j" and TRANSFORMERS < version.parse("4.54"):  # it rotates keys to float32, and caches them so
-        with pytest.raises(ValueError, match="keys in torch.float32 and values in"):
-            SinkCache.from_model(build_model(name, dtype=dtype), 16, 4)
-        return
-    found = SinkCache.from_model(build_model(name, dtype=dtype), 16, 4)._traits
+    exact = SinkCache.from_model(build_model(name), 16, 4).traits
+    found = SinkCache.from_model(build_model(name, dtype=dtype), 16, 4).traits
     for ours, theirs in zip(found.layers, exact.layers):
         for a, b in zip(ours.rotations, theirs.rotations):
             assert a.partner.equal(b.partner)

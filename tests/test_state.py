@@ -1,26 +1,27 @@
-"""A cache on disk: what goes on from a file gets the same logits, to the last bit, as what was never stopped; other files are refused."""
+"""A cache on disk, of every kind of window: what goes on from a file gets the same logits, to the last bit, as what was never stopped.
+
+Files that hold something else are refused. (A checksum is not among what a file has: what a disk has changed in a key is not found.)
+"""
 
 import copy
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
-import generate as generate_module
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, random_ids
-from families import build_model
-from generate import SinkCache, generate
 from packaging.version import Version
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_invariants import move_counters
+
+from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, move_ahead, needs, random_ids
+from custom_generate.generate import SinkCache, generate
+from families import build_model
 
 ROOT = Path(__file__).parents[1]
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 REST = 5 * WINDOW_LENGTH
 # Beyond single tokens: passes over a full window, with copies of the sinks, and a re-base in the middle.
 SIZES = [1] * 20 + [9] + [1] * 3 + [20] + [1] * (REST - 52)
@@ -30,12 +31,16 @@ def assert_goes_on_alike(model, cache: SinkCache, path: Path, sizes=SIZES) -> No
     """The cache itself goes on after it was saved, and is the reference."""
     cache.save(path)
     loaded = SinkCache.load(path, model)
-    assert repr(loaded) == repr(cache) and loaded.num_tokens_seen_by_row == cache.num_tokens_seen_by_row
-    assert [states.state()[1] for states in loaded._states] == [states.state()[1] for states in cache._states]
+    assert loaded.num_tokens_seen_by_row == cache.num_tokens_seen_by_row
+    assert loaded.positions == cache.positions and loaded.unseen_token_ids == cache.unseen_token_ids
+    for row in range(cache.batch_size):
+        known, expected = loaded.known_token_ids(row), cache.known_token_ids(row)
+        assert [ids.tolist() for ids in known] == [ids.tolist() for ids in expected]
     rest = random_ids(sum(sizes), seed=9, num_rows=cache.batch_size)
     expected = feed(model, cache, rest, sizes)
     assert expected.std() > 0.05
     assert torch.equal(feed(model, loaded, rest, sizes), expected)
+    assert repr(loaded) == repr(cache)
     assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing is left beside it"
 
 
@@ -45,7 +50,7 @@ def test_it_goes_on_with_the_same_bits(tmp_path, num_seen):
     model = build_model("llama", "sdpa")
     cache = SinkCache.from_model(model, **WINDOW)
     feed(model, cache, random_ids(num_seen), [1] * num_seen)
-    assert cache._base == [{33: 16, 50: 32}.get(num_seen, 0)]
+    assert cache.stream.base == [{33: 16, 50: 32}.get(num_seen, 0)]
     assert_goes_on_alike(model, cache, tmp_path / "cache")
 
 
@@ -70,7 +75,7 @@ def test_every_kind_of_model(tmp_path, name, dtype):
     cache = SinkCache.from_model(model, **WINDOW)
     feed(model, cache, random_ids(40), [16] + [1] * 24)
     if name != "llama-dynamic":
-        move_counters(cache, 10**6 // 192 * 192)
+        move_ahead(cache, 10**6 // 192 * 192)
         assert cache.num_tokens_seen > 999_000
     assert_goes_on_alike(model, cache, tmp_path / "cache", [1] * REST if name == "bloom" else SIZES)
 
@@ -83,7 +88,7 @@ def test_after_a_roll_back_to_before_positions_were_lowered(tmp_path):
     cache.activate_past_recording()
     feed(model, cache, random_ids(25, seed=8), [1] * 25)
     cache.crop(-25)
-    assert cache._base[0] > cache.num_tokens_seen == 45
+    assert cache.stream.base[0] > cache.num_tokens_seen == 45
     assert_goes_on_alike(model, cache, tmp_path / "cache")
 
 
@@ -146,8 +151,8 @@ import sys, torch
 sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
 from checks import feed, random_ids
-from families import TRANSFORMERS, build_model
-from generate import SinkCache
+from families import build_model
+from custom_generate.generate import SinkCache
 model = build_model("llama", "sdpa", dtype=torch.bfloat16)
 torch.save(feed(model, SinkCache.load({path!r}, model), random_ids(80, seed=9), {sizes!r}), {result!r})
 """
@@ -157,10 +162,10 @@ def test_another_process(tmp_path):
     model = build_model("llama", "sdpa", dtype=torch.bfloat16)
     cache = SinkCache.from_model(model, **WINDOW)
     feed(model, cache, random_ids(40), [40])
-    move_counters(cache, 10**6 // 192 * 192)
+    move_ahead(cache, 10**6 // 192 * 192)
     path, result = str(tmp_path / "cache"), str(tmp_path / "logits")
     cache.save(path)
-    paths = [str(ROOT / "custom_generate"), str(ROOT / "tests")]
+    paths = [str(ROOT), str(ROOT / "tests")]
     code = GO_ON.format(paths=paths, path=path, sizes=SIZES, result=result)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert torch.equal(torch.load(result), feed(model, cache, random_ids(80, seed=9), SIZES))
@@ -189,11 +194,6 @@ def test_generate_goes_on_with_a_conversation(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return build_model("llama", "sdpa")
-
-
-@pytest.fixture(scope="module")
 def content(model, tmp_path_factory) -> bytes:
     cache = SinkCache.from_model(model, window_length=8, num_sink_tokens=2)
     feed(model, cache, random_ids(20), [20])
@@ -202,44 +202,43 @@ def content(model, tmp_path_factory) -> bytes:
     return path.read_bytes()
 
 
-def test_a_file_that_was_changed_or_cut_off_is_refused(model, content, tmp_path):
-    """Every byte of the header and many of the data, with the bits that json and floats forgive most easily."""
+def test_a_file_that_was_cut_off_is_refused(model, content, tmp_path):
+    """By a disk that was full, at any place; and a file to which something was added."""
     path = tmp_path / "cache"
     path.write_bytes(content)
     SinkCache.load(path, model)
-    header = 8 + struct.unpack("<Q", content[:8])[0]
-    places = [*range(0, header, 11), header - 1, *range(header, len(content), 499), len(content) - 1]
-    assert len(places) > 100
-    for place in places:
-        for flip in (1, 32) if place < header else (1,):
-            path.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
-            with pytest.raises(
-                ValueError, match=r"Can't load '.*cache' as a SinkCache: (it was cut off or changed|it has no checksum)"
-            ):
-                SinkCache.load(path, model)
-    for length in (0, 5, 8, 20, header // 2, header, header + 100, len(content) - 1):
+    for length in (0, 5, 8, 20, 500, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match="cut off"):
+        with pytest.raises(ValueError, match=r"Can't load '.*cache' as a SinkCache: it was cut off"):
             SinkCache.load(path, model)
     path.write_bytes(content + b"\0")
-    with pytest.raises(ValueError, match="its checksum is .* and that of its content"):
+    with pytest.raises(ValueError, match="Can't load"):
         SinkCache.load(path, model)
 
 
+def test_a_header_that_was_changed_says_something_else_or_is_refused(model, content, tmp_path):
+    """With the bits that json forgives most easily: either it is refused as what it is, or it is as good a file as any."""
+    path, refused = tmp_path / "cache", 0
+    header = 8 + int.from_bytes(content[:8], "little")
+    for place in range(0, header, 7):
+        for flip in (1, 32):
+            path.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
+            try:
+                SinkCache.load(path, model)
+            except ValueError as error:
+                assert "Can't load" in str(error) or "SinkCache can't keep its rules" in str(error)
+                refused += 1
+    assert refused > 100
+
+
 def forged(content: bytes, path: Path, change) -> Path:
-    """The file of a forger, who also mends the checksum."""
+    """A file in which somebody has changed some tensors and numbers."""
     path.write_bytes(content)
     tensors = load_file(path)
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
-        numbers = json.loads(file.metadata()["sink_cache"][64:])
+        numbers = json.loads(file.metadata()["sink_cache"])
     change(numbers, tensors)
-    save_file(tensors, path, metadata={"sink_cache": "0" * 64 + json.dumps(numbers)})
-    with open(path, "r+b") as file:
-        _, checksum, place = generate_module._checksums(file)
-        file.seek(place)
-        file.write(checksum)
+    save_file(tensors, path, metadata={"sink_cache": json.dumps(numbers)})
     return path
 
 
@@ -261,42 +260,56 @@ def widen(numbers, tensors):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (set_to("format", 2), "format 2, and this code reads format 1"),
-        (set_to("batch_size", 10**12), r"\[1, 2, 8, 8\] in the file, and torch.float32 \[1000000000000, 2, 8, 8\] here"),
+        (set_to("format", 3), "it has format 3, and this code reads format 2. Update sink_cache"),
+        (set_to("batch_size", 10**12), r"\[1, 2, 8, 8\] in the file, and has 1000000000000 rows here"),
         (set_to("batch_size", "1"), "can't be"),
-        (set_to("window_length", 10**12), "can't keep its rules for LlamaForCausalLM with window_length=1000000000000"),
-        (set_to("window_length", 1000), r"token_ids is torch.int64 \[1, 8\] in the file, and of whole numbers \[1, 1000\] here"),
-        (set_to("window_length", 4), "room for 8 tokens, and 4 of a window of 4"),
-        (set_to("num_sink_tokens", 3), r"\[1, 2, 2, 8\] in the file, and torch.float32 \[1, 2, 3, 8\] here"),
+        (
+            set_to("arguments", "window_length", 10**12),
+            "can't keep its rules for LlamaForCausalLM with window_length=1000000000000",
+        ),
+        (set_to("arguments", "window_length", 1000), r"\[1, 2, 8, 8\] in the file, and torch.float32 \[1, 2, 20, 8\] here"),
+        (set_to("arguments", "window_length", 4), r"\[1, 2, 8, 8\] in the file, and torch.float32 \[1, 2, 4, 8\] here"),
+        (set_to("arguments", "window_length", "8"), "window_length must be an int"),
+        (set_to("arguments", "num_sink_tokens", 8), "num_sink_tokens must be at least 0 and less than window_length=8"),
         (set_to("num_seen", [5, 6]), "can't be"),
         (set_to("num_seen", [-5]), "can't be"),
+        (set_to("num_seen", 5), "can't be"),
         (set_to("base", [-1]), "can't be"),
-        (set_to("states", "layers.0.keys", "sinks_are_at", [-1]), "is like layers.0.keys here"),
-        (set_to("states", "layers.0.keys", {}), "is like layers.0.keys here"),
-        (set_to("states", []), "does not say states"),
-        (set_to("unseen_token_ids", [1, 2]), "can't be the last tokens of 1 rows"),
+        (set_to("unseen_token_ids", [1, 2]), "can't be"),
         (lambda numbers, tensors: numbers.pop("model"), "does not say model"),
-        (lambda numbers, tensors: tensors.pop("layers.0.values.slots"), "layers.0.values.slots has room for 0 tokens"),
+        (lambda numbers, tensors: numbers.pop("num_seen"), "does not say num_seen"),
         (lambda numbers, tensors: tensors.pop("layers.1.values.slots"), "it has no layers.1.values.slots"),
+        (lambda numbers, tensors: tensors.pop("ids.slots"), "it has no ids.slots"),
         (lambda numbers, tensors: tensors.update(more=torch.zeros(1)), "it has more, and this model has nothing of that kind"),
-        (widen, r"float32 \[2, 2, 8, 8\] in the file, and torch.float32 \[1, 2, 8, 8\] here"),
+        (widen, r"layers.1.keys.slots is \[2, 2, 8, 8\] in the file, and has 1 rows here"),
     ],
 )
 def test_a_forged_file_asks_for_nothing(model, content, tmp_path, change, message):
-    """The checksum is right, so only what is checked beside it stands between the file and our memory."""
+    """Only what is checked stands between the file and our memory."""
     with pytest.raises(ValueError, match=message):
         SinkCache.load(forged(content, tmp_path / "cache", change), model)
     assert SinkCache.load(forged(content, tmp_path / "cache", lambda numbers, tensors: None), model).num_tokens_seen == 20
 
 
 def test_a_file_of_another_kind_is_refused(model, tmp_path):
-    save_file({"a": torch.zeros(3)}, tmp_path / "other")
+    save_file({"a": torch.zeros(3)}, tmp_path / "weights")
     (tmp_path / "pickled").write_bytes(pickle.dumps({"a": 1}))
-    for name in ("other", "pickled"):
-        with pytest.raises(ValueError, match="has no checksum, so SinkCache.save has not written it"):
+    for name, message in (
+        ("weights", "a safetensors file that SinkCache.save has not written"),
+        ("pickled", "no safetensors file"),
+    ):
+        with pytest.raises(ValueError, match=message):
             SinkCache.load(tmp_path / name, model)
     with pytest.raises(FileNotFoundError):
         SinkCache.load(tmp_path / "nothing", model)
+
+
+def test_a_file_of_the_first_version_says_what_to_do(model, tmp_path):
+    """Its metadata begin with a checksum of 64 digits."""
+    numbers = {"format": 1, "window_length": 8, "num_sink_tokens": 2}
+    save_file({"layers.0.keys.slots": torch.zeros(1, 2, 8, 8)}, tmp_path / "old", {"sink_cache": "0a" * 32 + json.dumps(numbers)})
+    with pytest.raises(ValueError, match='it has format 1. Load it with the version .* that wrote it, revision="v1"'):
+        SinkCache.load(tmp_path / "old", model)
 
 
 def other_rotation():
@@ -305,18 +318,9 @@ def other_rotation():
     return other
 
 
-def one_weight_changed():
-    other = build_model("llama", "sdpa")
-    with torch.no_grad():
-        other.model.layers[1].mlp.up_proj.weight *= 1.01
-    return other
-
-
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: build_model("llama", "sdpa", seed=1), "other weights: their checksum is .* in the file, and .* here"),
-        (one_weight_changed, "other weights"),
         (
             lambda: build_model("llama", "sdpa", dtype=torch.bfloat16),
             "dtype is 'torch.float32' in the file, and 'torch.bfloat16' here",
@@ -389,7 +393,7 @@ def test_writing_is_all_or_nothing(model, content, tmp_path, monkeypatch):
     feed(model, cache, random_ids(20), [20])
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-            patch.setattr(generate_module.os, name, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+            patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
             cache.save(path)
         assert path.read_bytes() == content and [*tmp_path.iterdir()] == [path]
     cache.save(path)
@@ -400,3 +404,176 @@ def test_writing_is_all_or_nothing(model, content, tmp_path, monkeypatch):
 def test_pickling_points_to_save(model, how):
     with pytest.raises(TypeError, match=r"can't be pickled.*cache.save\(path\) and SinkCache.load\(path, model\).*copy.deepcopy"):
         how(SinkCache.from_model(model, **WINDOW))
+
+
+# Quantized and offloaded windows
+
+
+BLOCK, RESIDUAL = 8, 2
+FP8 = {"backend": "fp8", "q_group_size": BLOCK, "residual_length": RESIDUAL}
+BACKENDS = {
+    "fp8": FP8,
+    "quanto": FP8 | {"backend": "quanto", "nbits": 2, "axis_key": -1},
+    "hqq": FP8 | {"backend": "hqq", "nbits": 3, "axis_value": 1},
+}
+MODES = [*BACKENDS, "offloaded"]
+SHORTER_SIZES = (
+    [1] * 20 + [9] + [1] * 3 + [20] + [1] * 28
+)  # five windows: past single tokens, passes over a full one, re-bases in the middle
+
+
+@pytest.fixture(scope="module")
+def gemma3():
+    """Two of four layers have native windows, which are too short to be quantized."""
+    return build_model("gemma3", "sdpa")
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    return build_model("qwen3", "sdpa")
+
+
+def kept_cache(model, mode: str, **numbers) -> SinkCache:
+    if mode in BACKENDS:
+        needs(mode)
+    return SinkCache.from_model(model, **WINDOW | numbers, quantized=BACKENDS.get(mode), offloaded=mode == "offloaded")
+
+
+# Before the sinks are complete; right before a block is quantized and after; before positions are lowered and after.
+@pytest.mark.parametrize("num_seen", [2, 13, 14, 32, 33, 38, 50])
+@pytest.mark.parametrize("mode", ["fp8", "quanto", "offloaded"])
+def test_every_kind_of_window_goes_on_with_the_same_bits(qwen3, tmp_path, mode, num_seen):
+    cache = kept_cache(qwen3, mode)
+    feed(qwen3, cache, random_ids(num_seen), [1] * num_seen)
+    if mode != "offloaded":
+        keys = cache.layers[0].rings[0]
+        num_blocks = keys.quantization.num_blocks(num_seen - NUM_SINK_TOKENS)
+        assert num_blocks == {2: 0, 13: 0, 14: 1, 32: 3, 33: 3, 38: 4, 50: 5}[num_seen]
+        assert bool(keys.blocks[3].any()) == (num_seen in (33, 38, 50))  # blocks that are rotated when they are read
+    assert_goes_on_alike(qwen3, cache, tmp_path / "cache", SHORTER_SIZES)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_different_lengths_in_every_kind_of_window(gemma3, tmp_path, mode):
+    """Some layers have native windows, too short to be quantized; each row was lowered by other amounts."""
+    cache = kept_cache(gemma3, mode)
+    ids, mask = left_padded([random_ids(length, seed=length) for length in (60, 3, 29)])
+    feed(gemma3, cache, ids, [60], mask)
+    feed(gemma3, cache, random_ids(5, num_rows=3), [1] * 5)
+    assert len(cache.stream.base) == 3
+    cache.reorder_cache(torch.tensor([2, 1, 0]))
+    sizes = [1] * 4 + [9] + [1] * 3 + [20] + [1] * 4 if mode == "hqq" else SHORTER_SIZES  # slow
+    assert_goes_on_alike(gemma3, cache, tmp_path / "cache", sizes)
+
+
+@pytest.mark.parametrize("mode", ["fp8", "offloaded"])
+@pytest.mark.parametrize(
+    "name, dtype, numbers",
+    [
+        ("llama", torch.bfloat16, {}),
+        ("deepseek-v3", torch.float32, {}),
+        ("bloom", torch.float32, {}),
+        ("gpt-j", torch.float32, {"num_sink_tokens": 0}),
+    ],
+)
+def test_every_kind_of_model_in_every_kind_of_window(tmp_path, name, dtype, numbers, mode):
+    model = build_model(name, dtype=dtype)
+    cache = kept_cache(model, mode, **numbers)
+    feed(model, cache, random_ids(40), [16] + [1] * 24)
+    assert_goes_on_alike(model, cache, tmp_path / "cache", [1] * 60 if name == "bloom" else SHORTER_SIZES)
+
+
+@pytest.mark.parametrize("mode", ["fp8", "offloaded"])
+def test_after_a_roll_back_and_from_a_file_of_a_file(qwen3, tmp_path, mode):
+    """Drafts past the edge at which positions are lowered, and at which a block is quantized, are taken back; what is loaded is saved."""
+    cache = kept_cache(qwen3, mode)
+    feed(qwen3, cache, random_ids(29), [29])
+    cache.activate_past_recording()
+    feed(qwen3, cache, random_ids(6, seed=4), [1] * 6)
+    cache.crop(-5)
+    cache.activate_past_recording(False)
+    cache.save(tmp_path / "first")
+    with torch.inference_mode():
+        loaded = SinkCache.load(tmp_path / "first", qwen3)
+    (tmp_path / "first").unlink()
+    ids = random_ids(5, seed=5)
+    assert feed(qwen3, loaded, ids, [1] * 5).equal(feed(qwen3, cache, ids, [1] * 5))
+    assert_goes_on_alike(qwen3, loaded, tmp_path / "cache", SHORTER_SIZES)
+
+
+def test_another_kind_than_expected_is_refused(qwen3, tmp_path):
+    for mode in ("fp8", "offloaded"):
+        cache = kept_cache(qwen3, mode)
+        feed(qwen3, cache, random_ids(40), [40])
+        cache.save(tmp_path / mode)
+        options = {"quantized": FP8, "offloaded": False} if mode == "fp8" else {"offloaded": True}
+        loaded = SinkCache.load(tmp_path / mode, qwen3, static=False, **options)
+        assert loaded.quantization == cache.quantization and loaded.is_offloaded == cache.is_offloaded
+    for mode, options, message in (
+        (
+            "fp8",
+            {"quantized": FP8 | {"residual_length": 1}},
+            "quantized is .*'residual_length': 2.* in the file, and .*'residual_length': 1",
+        ),
+        ("fp8", {"offloaded": True}, "offloaded is False in the file, and True was asked for"),
+        ("fp8", {"static": True}, "static is False in the file, and True was asked for"),
+        ("offloaded", {"quantized": FP8}, "quantized is None in the file, and .*'fp8'.* was asked for"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SinkCache.load(tmp_path / mode, qwen3, **options)
+
+
+@pytest.fixture(scope="module")
+def contents(qwen3, tmp_path_factory) -> dict[str, bytes]:
+    contents, path = {}, tmp_path_factory.mktemp("saved") / "cache"
+    for mode in ("fp8", "offloaded"):
+        cache = kept_cache(qwen3, mode)
+        feed(qwen3, cache, random_ids(40), [40])
+        cache.save(path)
+        contents[mode] = path.read_bytes()
+    return contents
+
+
+def replace(name: str, *shape: int, dtype: torch.dtype):
+    return lambda numbers, tensors: tensors.update({name: torch.zeros(shape, dtype=dtype)})
+
+
+@pytest.mark.parametrize(
+    "mode, change, message",
+    [
+        ("fp8", set_to("batch_size", 10**12), "in the file, and has 1000000000000 rows here"),
+        ("fp8", set_to("arguments", "quantized", None), r"\[1, 2, 4, 8\] in the file, and torch.float32 \[1, 2, 16, 8\] here"),
+        ("fp8", set_to("arguments", "quantized", 3), "must be a dict"),
+        ("fp8", set_to("arguments", "quantized", "backend", ["fp8"]), "does not quantize caches"),
+        ("fp8", set_to("arguments", "quantized", "nbits", 4.0), "nbits=4.0 can't be used"),
+        ("fp8", set_to("arguments", "quantized", "q_group_size", 10**9), "must be|leaves nothing to quantize"),
+        ("fp8", set_to("arguments", "quantized", "residual_length", 1), r"\[1, 2, 10, 8\] in the file, and torch.float32 \[1, 2, 9, 8\] here"),
+        ("fp8", set_to("arguments", "offloaded", True), "can't be quantized and offloaded at once"),
+        ("fp8", replace("layers.0.keys.codes", 1, 2, 9, 8, 8, dtype=torch.uint8), r"\[1, 2, 9, 8, 8\] in the file, and .*\[1, 2, 2, 8, 8\]"),
+        ("fp8", replace("layers.0.keys.codes", 1, 2, 2, 8, 4, dtype=torch.uint8), r"\[1, 2, 2, 8, 4\] in the file, and .*\[1, 2, 2, 8, 8\]"),
+        ("fp8", replace("layers.0.keys.codes", 1, dtype=torch.uint8), r"keys.codes is torch.uint8 \[1\] in the file"),
+        ("fp8", replace("layers.2.values.scales", 1, 2, 1, 8, 1, dtype=torch.float32), r"values.scales is torch.float32 \[1, 2, 1, 8, 1\]"),
+        ("fp8", replace("layers.1.keys.offsets", 1, 2, 2, 8, 1, dtype=torch.float32), r"and torch.float32 \[1, 2, 2, 8, 0\] here"),
+        ("fp8", replace("layers.0.keys.lowered", 1, 1, 3, 1, dtype=torch.long), r"lowered is torch.int64 \[1, 1, 3, 1\]"),
+        ("fp8", replace("layers.1.keys.lowered", 1, 1, 2, 1, dtype=torch.float32), "lowered is torch.float32"),
+        ("offloaded", set_to("arguments", "offloaded", False), r"\[1, 2, 4, 8\] in the file, and torch.float32 \[1, 2, 16, 8\] here"),
+        ("offloaded", replace("layers.0.keys.recent", 1, 2, 13, 8, dtype=torch.float32), r"\[1, 2, 13, 8\] in the file"),
+        ("offloaded", replace("layers.0.keys.slots", 1, 2, 3, 8, dtype=torch.float32), r"\[1, 2, 3, 8\] in the file"),
+    ],
+)  # fmt: skip
+def test_a_forged_file_of_every_kind_asks_for_nothing(qwen3, contents, tmp_path, mode, change, message):
+    with pytest.raises(ValueError, match=message):
+        SinkCache.load(forged(contents[mode], tmp_path / "cache", change), qwen3)
+
+
+def move_far(numbers, tensors):
+    for name in tensors:
+        if name.endswith("lowered"):
+            tensors[name][0, 0, :, 0] = torch.tensor([2**62, -(2**62)])
+
+
+def test_wrong_numbers_stay_within_what_is_there(qwen3, contents, tmp_path):
+    cache = SinkCache.load(forged(contents["fp8"], tmp_path / "cache", move_far), qwen3)
+    sizes = [1] * 20 + [9] + [20] + [1] * 31
+    assert feed(qwen3, cache, random_ids(sum(sizes)), sizes).isfinite().all()
+    assert cache.layers[0].rings[0].blocks[0].shape[2] == 2 and cache.num_tokens_held == WINDOW_LENGTH > NUM_SINK_TOKENS

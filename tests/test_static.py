@@ -8,8 +8,13 @@ import copy
 
 import pytest
 import torch
+from packaging import version
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
 from checks import (
     NUM_SINK_TOKENS,
+    WINDOW,
     WINDOW_LENGTH,
     assert_same,
     build_recurrent_model,
@@ -17,20 +22,19 @@ from checks import (
     interrupted_at,
     left_padded,
     random_ids,
+    rings_of,
 )
+from custom_generate.generate import SinkCache, generate
+from custom_generate.releases import LinearAttentionLayer, named_states
 from families import EAGER_ONLY, FAMILIES, TRANSFORMERS, build_model, is_refused
-from generate import SinkCache, _named_states, generate
 from oracle import oracle_logits
-from packaging import version
-from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from test_memory import reachable
 
 NUM_STEPS = 5 * WINDOW_LENGTH
 OLD_TORCH = version.parse(torch.__version__) < version.parse("2.13")
 compiling = pytest.mark.skipif(
     OLD_TORCH, reason="older releases of torch can't capture all that transformers has in a forward pass"
 )
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 CASES = [pytest.param(name, "eager" if name in EAGER_ONLY else "sdpa", id=name) for name in FAMILIES if not is_refused(name)]
 CASES.append(pytest.param("llama", "eager", id="llama-eager"))
 
@@ -78,7 +82,7 @@ def test_one_graph_serves_the_whole_stream(name, implementation):
         logits = torch.cat([forward(**cache.prepare(stream[:, t : t + 1])).logits for t in range(NUM_STEPS)], dim=1)
     assert_same(logits, oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS))
     assert counters["stats"]["unique_graphs"] == num_graphs
-    assert cache.num_tokens_seen == NUM_STEPS and any(cache._base)
+    assert cache.num_tokens_seen == NUM_STEPS and any(cache.stream.base)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,8 @@ def test_one_graph_serves_recurrent_states(model_type):
 
 
 def recurrent_states(cache: SinkCache) -> list[torch.Tensor]:
-    return [state for layer in cache._recurrent_layers.values() for state in _named_states(layer).values()]
+    layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
+    return [state for layer in layers for state in named_states(layer).values()]
 
 
 @pytest.mark.parametrize("model_type", ["lfm2", "granitemoehybrid", "falcon_h1"])
@@ -151,10 +156,11 @@ def test_recurrent_states_without_compiling(model_type):
     assert_same(feed(model, cache, stream[:, :30], [1] * 10 + [19, 1]), expected[0][:, :30])
 
 
-def test_a_pass_with_recurrent_states_that_may_have_been_interrupted_is_not_repeated():
-    """What was compiled says nothing before its end: as soon as a pass is prepared, it has to be run."""
+@pytest.mark.parametrize("static", [False, True])
+def test_a_pass_with_recurrent_states_that_may_have_been_interrupted_is_not_repeated(static):
+    """Nothing says how far it got, least of all what was compiled: as soon as a pass is prepared, it has to be run."""
     model, stream = build_recurrent_model("lfm2"), random_ids(40)
-    cache = static_cache(model)
+    cache = SinkCache.from_model(model, **WINDOW, static=static)
     feed(model, cache, stream[:, :30], [20] + [1] * 10)
     before = copy.deepcopy(cache)
     cache.prepare(stream[:, 30:31])
@@ -273,12 +279,13 @@ def test_a_model_that_the_user_compiled(how):
 
 
 def test_a_pass_does_not_hold_on_to_the_text_that_its_token_is_a_view_of():
-    """It is on record until the next one begins: with it, a cache would grow with the text."""
+    """Its ids are on record until the next pass begins: with a view of the text, a cache would grow with it."""
     model, text = build_model("llama", "sdpa"), random_ids(1000)
     cache = static_cache(model)
     feed(model, cache, text[:, :20], [20])
     inputs = cache.prepare(text[:, 20:21])
-    assert cache._pass.input_ids.untyped_storage().nbytes() == text.element_size()
+    held = [each for each in reachable(cache) if isinstance(each, torch.Tensor)]
+    assert text.untyped_storage().data_ptr() not in [each.untyped_storage().data_ptr() for each in held]
     with torch.no_grad():
         model(**inputs)
     assert cache.known_token_ids(0)[1].tolist() == text[0, 9:21].tolist()
@@ -289,15 +296,15 @@ def test_nothing_moves():
     model = build_model("qwen2-half-sliding", "sdpa")
     cache = SinkCache.from_model(model, **WINDOW, static=True)
     cache.prepare(random_ids(1, num_rows=2))
-    addresses = [held.data_ptr() for states in cache._states for held in states.slots]
-    assert all(held.shape[2] == states.window.length for states in cache._states for held in states.slots)
+    addresses = [ring.slots.data_ptr() for ring in rings_of(cache)]
+    assert all(ring.slots.shape[2] == ring.window.length for ring in rings_of(cache))
     feed(model, cache, random_ids(50, num_rows=2), [1] * 10 + [30] + [1] * 10)
     cache.reorder_cache(torch.tensor([1, 1]))
     feed(model, cache, random_ids(1, num_rows=2), [1])
     cache.reset()
     stream = random_ids(40, num_rows=2)
     logits = feed(model, cache, stream, [3] + [1] * 37)
-    assert [held.data_ptr() for states in cache._states for held in states.slots] == addresses
+    assert [ring.slots.data_ptr() for ring in rings_of(cache)] == addresses
     assert_same(logits[1:], oracle_logits(model, stream[1:], WINDOW_LENGTH, NUM_SINK_TOKENS))
 
 

@@ -5,19 +5,14 @@ import threading
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, random_ids
-from families import build_model
-from generate import SinkCache, generate
-from oracle import oracle_logits
 from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, assert_same, feed, random_ids
+from custom_generate.generate import SinkCache, generate
+from families import build_model
+from oracle import oracle_logits
+
 NUM_NEW = 4 * WINDOW_LENGTH
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("llama", "sdpa")
 
 
 class Meet(LogitsProcessor):
@@ -78,7 +73,10 @@ def test_streams_in_threads_do_not_touch_each_other(name, options):
             text, arguments = output.sequences, {"past_key_values": output.past_key_values}
         assert texts[index].equal(text)
     assert len({tuple(text[0, -20:].tolist()) for text in texts}) == 3
-    assert vars(model) == before and not any(users in vars(cache) for cache in caches for users in ("_call", "_change"))
+    assert vars(model) == before
+    for cache in caches:
+        with cache.in_one_call():
+            pass  # none of them is still in one
 
 
 class InTheMiddle(StoppingCriteria):
@@ -101,32 +99,26 @@ class InTheMiddle(StoppingCriteria):
 
 
 USES = {
-    "generate": (lambda model, cache, path: generate(random_ids(5), model=model, past_key_values=cache, max_new_tokens=3), True),
-    "prepare": (lambda model, cache, path: model(**cache.prepare(random_ids(1))), False),
-    "by the model alone": (lambda model, cache, path: model(random_ids(1), past_key_values=cache), False),
-    "reset": (lambda model, cache, path: cache.reset(), False),
-    "crop": (lambda model, cache, path: cache.crop(-1), False),
-    "reorder": (lambda model, cache, path: cache.reorder_cache(torch.tensor([0, 0])), False),
-    "save": (lambda model, cache, path: cache.save(path), False),
-    "deepcopy": (lambda model, cache, path: copy.deepcopy(cache), False),
+    "generate": (lambda model, cache: generate(random_ids(5), model=model, past_key_values=cache, max_new_tokens=3), True),
+    "prepare": (lambda model, cache: model(**cache.prepare(random_ids(1))), False),
+    "by the model alone": (lambda model, cache: model(random_ids(1), past_key_values=cache), False),
 }
 
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", USES)
-def test_a_cache_in_use_is_refused_to_others(model, tmp_path, name, static):
-    """The one who has it gets the right tokens. `also_here` is refused to a second call in the same thread, too."""
+def test_a_cache_in_a_call_of_generate_is_refused_to_others(model, name, static):
+    """The call gets the right tokens. `also_here` is refused to a second call in the same thread, too."""
     use, also_here = USES[name]
     expected = generate(random_ids(30), model=model, max_new_tokens=NUM_NEW, **WINDOW)
     for in_another_thread in (True, False)[: 1 + also_here]:
         cache = SinkCache.from_model(model, **WINDOW, static=static)
         # Before positions are lowered, or a pass that the model prepares would be refused for that.
-        intruder = InTheMiddle(lambda: use(model, cache, tmp_path / "cache"), in_another_thread, at=2)
+        intruder = InTheMiddle(lambda: use(model, cache), in_another_thread, at=2)
         text = generate(random_ids(30), model=model, past_key_values=cache, max_new_tokens=NUM_NEW, stopping_criteria=[intruder])
         assert text.equal(expected)
         (error,) = intruder.results
         assert isinstance(error, ValueError) and "in use by another thread or call" in str(error)
-        assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -150,21 +142,14 @@ def test_two_threads_that_begin_at_once(model, static):
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_a_pass_of_another_thread(model, static):
-    """In a loop of one's own: from `prepare` to the last layer the cache is that thread's; then whoever comes may go on."""
+def test_a_loop_that_goes_on_in_other_threads(model, static):
+    """One after the other: a pass that has ended belongs to nobody."""
     cache, stream = SinkCache.from_model(model, **WINDOW, static=static), random_ids(80)
-    feed(model, cache, stream[:, :40], [40])
-    logits = []
-    for token in range(40, 60):
-        prepared = cache.prepare(stream[:, token : token + 1])
-        (error,) = in_threads(lambda: cache.prepare(stream[:, :1]))
-        assert "in use by another thread" in str(error)
-        with torch.no_grad():
-            logits.append(model(**prepared).logits)
-        assert in_threads(lambda: cache.num_tokens_seen) == [token + 1]
-    for start in range(60, 80, 5):
+    logits = [feed(model, cache, stream[:, :40], [40])]
+    for start in range(40, 80, 5):
+        assert in_threads(lambda: cache.num_tokens_seen) == [start]
         logits += in_threads(lambda: feed(model, cache, stream[:, start : start + 5], [1, 1, 3]))
-    assert_same(torch.cat(logits, 1), oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 40:])
+    assert_same(torch.cat(logits, 1), oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS))
 
 
 class Broken(Exception):
@@ -232,20 +217,3 @@ def test_a_streamer_in_a_thread(tiny_model, tokenizer, static):
         thread.join(timeout=60)
         assert text == tokenizer.decode(expected[0, prompt.shape[1] :])
         assert seen == sorted(seen) and cache.num_tokens_seen == expected.shape[1] - 1
-
-
-def test_two_passes_that_begin_at_once(model, monkeypatch):
-    """Another thread comes while a pass is being decided, before there is one: would catch a check that is no lock."""
-    cache, stream = SinkCache.from_model(model, **WINDOW), random_ids(40)
-    feed(model, cache, stream[:, :30], [30])
-    decide, errors = SinkCache._positions_back, []
-
-    def decide_slowly(self, *args):
-        monkeypatch.undo()
-        errors.extend(in_threads(lambda: self.prepare(random_ids(1, seed=7))))
-        return decide(self, *args)
-
-    monkeypatch.setattr(SinkCache, "_positions_back", decide_slowly)
-    logits = feed(model, cache, stream[:, 30:], [1] * 10)
-    assert "in use by another thread" in str(errors[0])
-    assert_same(logits, oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 30:])

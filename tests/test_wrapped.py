@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, random_ids
+
+from checks import WINDOW, assert_same, feed, random_ids
+from custom_generate.generate import SinkCache, generate
+from custom_generate.releases import CACHE_NAME
 from families import allow_local_code, build_model
-from generate import CACHE_NAME, SinkCache, generate
 from oracle import oracle_logits
 
-WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 SIZES = [5, 9, 40] + [1] * 20 + [6]
 
 

@@ -1,0 +1,174 @@
+"""What is checked where something comes in: numbers, models, tokens and passes. Each error names the value, and says what to do."""
+
+import torch
+
+from .plan import Pass
+from .probe import MAX_EXACT_POSITION, ModelTraits
+from .releases import MODELS_ASK_FOR_QUERY_OFFSET
+from .window import Window
+
+SUPPORTED_ATTENTION = ("eager", "sdpa")
+
+
+def check_count(name: str, value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r} ({type(value).__name__}).")
+
+
+def check_numbers(window_length, num_sink_tokens) -> None:
+    for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name} must be an int, got {value!r} ({type(value).__name__}).")
+    if window_length < 1:
+        raise ValueError(f"window_length must be at least 1, got {window_length}: no token could attend even to itself.")
+    if not 0 <= num_sink_tokens < window_length:
+        raise ValueError(
+            f"num_sink_tokens must be at least 0 and less than window_length={window_length}, got {num_sink_tokens}: the window "
+            "holds the sinks and at least the token being processed."
+        )
+
+
+def check_attention(model: torch.nn.Module) -> None:
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    if implementation not in SUPPORTED_ATTENTION:
+        raise ValueError(
+            f"SinkCache makes masks for {' and '.join(SUPPORTED_ATTENTION)} attention, and this model uses "
+            f'{implementation}. Load it with from_pretrained(..., attn_implementation="sdpa"), or call '
+            'model.set_attn_implementation("sdpa").'
+        )
+
+
+def check_model(model: torch.nn.Module, traits: ModelTraits, windows: dict[int, Window], is_static: bool) -> None:
+    """Refuse a model to which this kind of cache can't be bound. `windows`: of each layer with keys."""
+    if is_static and traits.is_ordered:
+        raise ValueError(
+            f"The static mode can't serve {type(model).__name__}, which depends on the order of the keys. Leave it out."
+        )
+    masks = {(traits.layer_types[index] if traits.layer_types else "", window) for index, window in windows.items()}
+    if not traits.is_ordered and len(masks) > len({name for name, _ in masks}):
+        raise ValueError(
+            f"SinkCache gives one mask to all layers of a type, and layers of {type(model).__name__} that share a mask have windows of "
+            "different lengths."
+        )
+
+
+def check_same(model: torch.nn.Module, bound: torch.nn.Module | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse another model than the model to which a cache is bound, or one that has changed since."""
+    if bound is not model:
+        raise ValueError(
+            f"This cache was made for another model, and its keys mean nothing to this {type(model).__name__}. Make a new one "
+            "with SinkCache.from_model(model, ...)."
+        )
+    if (dtype, device) != (model.dtype, model.device):
+        raise ValueError(
+            f"The model is now in {model.dtype} on {model.device}, and this cache was made for it in {dtype} on {device}. Make "
+            "a new one with SinkCache.from_model(model, ...)."
+        )
+
+
+def check_tokens(tokens, num_dims: int, attention_mask) -> list[int]:
+    """Refuse what is no batch of tokens with its mask. Returns the number of tokens of each row, or a single one for all."""
+    if not isinstance(tokens, torch.Tensor) or tokens.ndim != num_dims or 0 in tokens.shape[:2]:
+        shape = f"shape {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else f"{tokens!r:.50}"
+        raise ValueError(
+            f"No tokens: pass input_ids [batch, num_columns], or inputs_embeds [batch, num_columns, hidden], with at least one column; "
+            f"got {shape}."
+        )
+    batch_size, num_columns = tokens.shape[:2]
+    if attention_mask is None:
+        return [num_columns]
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(f"attention_mask must be a Tensor, got {attention_mask!r:.50} ({type(attention_mask).__name__}).")
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < num_columns:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, and must have {(batch_size, num_columns)}, or more columns "
+            "for tokens that the cache has seen."
+        )
+    return count_tokens(attention_mask[:, -num_columns:])
+
+
+def count_tokens(attention_mask: torch.Tensor) -> list[int]:
+    """The tokens of each row of a left-padded mask `[batch, length]`.
+
+    Raises:
+        ValueError: it is no such mask.
+    """
+    if attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask must be [batch, length], got shape {tuple(attention_mask.shape)}.")
+    is_token = attention_mask.bool()
+    rows = (is_token[:, :-1] & ~is_token[:, 1:]).any(dim=1)  # padding after a token
+    if bool(rows.any()):
+        row = int(rows.nonzero()[0])
+        raise ValueError(
+            f"attention_mask of row {row} has padding on the right or a hole: tokens after it would be numbered wrongly. Pad on the "
+            'left, tokenizer(..., padding=True, padding_side="left").'
+        )
+    return is_token.sum(dim=1).tolist()
+
+
+def check_parts(num_columns: int, num_new: list[int], num_parts, takes_parts: bool) -> None:
+    reason = None
+    if not isinstance(num_parts, int) or isinstance(num_parts, bool) or num_parts < 1:
+        reason = "it must be an int of at least 1. Take num_parts_of(num_columns)"
+    elif num_columns % num_parts:
+        reason = f"{num_columns} tokens can't be divided into so many parts of one length. Take num_parts_of({num_columns})"
+    elif min(num_new) < num_columns:
+        reason = "a row has padding. Leave it out"
+    elif not takes_parts:
+        reason = "the window of a row is not full yet, or layers of the model have to go through a row in one piece. Leave it out"
+    if reason is not None:
+        raise ValueError(f"num_parts={num_parts!r} can't be used for this pass: {reason}.")
+
+
+def check_pass(current: Pass, traits: ModelTraits, window_length: int, evicts: bool) -> None:
+    """Refuse a pass of several tokens that goes past what the model can do in one pass."""
+    if evicts and traits.is_ordered:
+        raise ValueError(
+            f"{current.num_columns} tokens at once go past the window of {window_length}, and the scores of this model depend on "
+            "the order of the keys. Feed them one by one."
+        )
+    limit = traits.max_positions
+    if limit is not None:
+        last = max(after - start for after, start in zip(current.num_after, current.base))
+        if max(current.num_columns, last) > limit:
+            raise ValueError(
+                f"{current.num_columns} tokens at once go past the {limit} positions of this model. Feed fewer at once."
+            )
+
+
+def check_unprepared(traits: ModelTraits, stream, num_columns: int) -> None:
+    """Refuse a pass whose positions and masks the model makes by itself, where these would be wrong."""
+    num_after = max(stream.num_tokens) + num_columns
+    length = min(layer.window.length for layer in stream.layers.values())
+    max_positions = min(traits.max_positions or MAX_EXACT_POSITION, MAX_EXACT_POSITION)
+    reason = None
+    if num_columns > 1 and num_after > length:
+        reason = f"{num_columns} tokens at once go past the window of {length}, and need a mask of their own"
+    elif traits.is_ordered:
+        reason = "the scores of this model depend on the order of the keys, which it takes from the mask"
+    elif traits.has_local_attention and not MODELS_ASK_FOR_QUERY_OFFSET:
+        reason = "this release of transformers makes a mask for layers with native windows or chunks that does not fit to the cache"
+    elif traits.is_recurrent:
+        reason = "the recurrent layers of this model are told by `prepare` what is padding, and positions by nobody else"
+    elif any(stream.base):
+        reason = "the keys so far stand at positions that `prepare` chose"
+    elif num_after > max_positions:
+        reason = f"position {num_after - 1} is more than this model can tell apart"
+    if reason is not None:
+        raise ValueError(
+            f"This pass can't be exact as it is: {reason}. Call model(**cache.prepare(input_ids)), or generate with custom_generate."
+        )
+
+
+def check_crop(num_removed: int, stream, traits: ModelTraits) -> None:
+    if traits.is_recurrent:
+        raise ValueError(f"Can't take back {num_removed} tokens: this model has recurrent states, and they can't be turned back.")
+    if num_removed > min(stream.num_seen):
+        raise ValueError(f"Can't take back {num_removed} tokens: a row of the cache has seen only {min(stream.num_seen)}.")
+    num_intact = min(ring.num_intact for ring in stream.rings)
+    if max(stream.num_seen) > num_intact and stream.num_recorded < num_removed:
+        raise ValueError(
+            f"Can't take back {num_removed} tokens: what the last {stream.num_recorded} evicted was recorded, no more. To go back to a "
+            "place in a text, for another answer, make a copy there: copy.deepcopy(cache). For drafts, call activate_past_recording() "
+            "before the passes that may be taken back."
+        )

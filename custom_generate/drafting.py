@@ -1,0 +1,191 @@
+"""Assisted decoding: a few tokens are drafted, the model checks them in one pass, and rejected tokens are taken back.
+
+The loop is that of transformers."""
+
+import copy
+import functools
+
+import torch
+
+from .feed import Feed
+from .options import Call, without_our_options
+from .prompt import Prompt
+from .releases import CACHE_NAME, input_device, shallow_copy, unwrapped
+
+# With two tokenizers, the last tokens of a text may be cut anew when others follow. So many of them a drafter reads again.
+NUM_TOKENS_CUT_ANEW = 10
+
+
+class DraftFeed(Feed):
+    """A feed for drafts: from the last `num_last` tokens of the prompt on, all can be taken back. The prompt has `num_columns`; a
+    draft may stand behind it from the first pass on."""
+
+    def __init__(self, *args, num_columns: int, num_last: int = 1):
+        super().__init__(*args)
+        self.num_columns, self.num_last, self.has_begun = num_columns, num_last, False
+
+    def view(self) -> torch.nn.Module:
+        view = super().view()
+        view._get_candidate_generator = functools.partial(ShortDrafts.of, self.model, self.cache)
+        return view
+
+    def first_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
+        self.has_begun = True
+        self.cache.activate_past_recording(False)
+        inputs = super().first_pass(input_ids, others)
+        self.cache.num_padding_columns = self.num_padding_columns
+        return inputs
+
+    def last_chunk(self, chunk: Prompt, input_ids: torch.Tensor) -> Prompt:
+        self.cache.activate_past_recording()
+        return chunk.followed_by(input_ids[:, self.num_columns :])
+
+    def __exit__(self, *error) -> None:
+        if self.has_begun:
+            cache = self.cache
+            num_loose = cache.stream.num_recorded  # of a draft that was not checked to the end, nothing stands
+            if self.sequences is not None:  # but for its last token, all that is in the text does
+                num_columns = cache.num_tokens_seen + cache.num_padding_columns
+                num_loose = min(max(num_columns - (self.sequences.shape[1] - 1), 0), num_loose)
+            cache.crop(-num_loose)
+            cache.activate_past_recording(False)
+        super().__exit__(*error)
+
+
+def check_drafting(call: Call, cache, prompt: Prompt) -> None:
+    """Refuse, before anything is run, what would come to light only in the middle of the text."""
+    if prompt.name != "input_ids":
+        raise ValueError("Assisted decoding can't begin with inputs_embeds: drafts are made from ids. Pass input_ids.")
+    if (num_rows := len(prompt.tokens) * call.num_copies) > 1:
+        raise ValueError(
+            f"Assisted decoding takes one text, and this would be {num_rows}, which go on by different numbers of tokens. "
+            "Generate them one by one, without beams and copies, or leave the assistance out."
+        )
+    _check_roll_back(call.model, cache)
+
+
+def _check_roll_back(model: torch.nn.Module, cache) -> None:
+    reason = "has recurrent states, from which no token can be taken back"
+    if not cache.traits.is_recurrent:
+        reason = "depends on the order of the keys, so that past the window it can't check several tokens in one pass"
+    if cache.traits.is_recurrent or cache.traits.is_ordered:
+        name = type(model).__name__
+        raise ValueError(f"Assisted decoding can't be used with {name}, which {reason}. Leave the assistance out.")
+
+
+def drafting_model(call: Call, cache) -> torch.nn.Module | None:
+    """The model that drafts, as a shallow copy with a sink cache of its own; None where drafts are looked up in the text.
+
+    Nothing is left on the assistant: what transformers writes to its generation config stays on the copy.
+    """
+    assistant, num_layers = call.arguments.get("assistant_model"), call.options["assistant_early_exit"]
+    if num_layers is not None:
+        assistant = _first_layers(call.model, num_layers)
+    if assistant is None:
+        return None
+    assistant = unwrapped(assistant)
+    own_cache = cache.empty_like()
+    own_cache.bind(assistant)
+    _check_roll_back(assistant, own_cache)
+    view = shallow_copy(assistant)
+    view.generation_config = without_our_options(assistant.generation_config)
+    num_cut_anew = 0 if call.arguments.get("assistant_tokenizer") is None else NUM_TOKENS_CUT_ANEW
+    view.generate = Drafter(assistant, own_cache, call.chunk_size, num_cut_anew)
+    return view
+
+
+def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
+    """The model without its last layers, as a shallow copy. (transformers changes the config of the model itself.)"""
+    shortened, config = shallow_copy(model), copy.deepcopy(model.config)
+    num_all = config.get_text_config(decoder=True).num_hidden_layers
+    if not isinstance(num_layers, int) or isinstance(num_layers, bool) or not 1 <= num_layers < num_all:
+        raise ValueError(
+            f"assistant_early_exit must be one of the first {num_all - 1} of the {num_all} layers, got {num_layers!r}."
+        )
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    shortened.config = config
+    for name, body in model.named_children():
+        lists = {n: part for n, part in body.named_children() if isinstance(part, torch.nn.ModuleList) and len(part) == num_all}
+        if lists:
+            body = shallow_copy(body)
+            body.config = config
+            body._modules = body._modules | {n: part[:num_layers] for n, part in lists.items()}
+            shortened._modules = shortened._modules | {name: body}
+    if shortened._modules is model._modules:
+        raise ValueError(
+            f"assistant_early_exit can't be used with {type(model).__name__}: its layers were not found. Leave it out."
+        )
+    return shortened
+
+
+class Drafter:
+    """The `generate` of a model that drafts: it goes on from what of its last draft stands, in a cache of its own. The last
+    `num_cut_anew` of the tokens that stand may still change."""
+
+    def __init__(self, model: torch.nn.Module, cache, chunk_size: int | None, num_cut_anew: int):
+        self.model, self.cache, self.chunk_size, self.num_cut_anew = model, cache, chunk_size, num_cut_anew
+        self.text = torch.zeros(1, 0, dtype=torch.long, device=input_device(model))  # with the last draft
+
+    def __call__(self, input_ids, generation_config, logits_processor, min_new_tokens: int, max_new_tokens: int, **others):
+        """What a candidate generator calls. `others` are inputs of the model that checks."""
+        self._roll_back(input_ids)
+        unseen = Prompt(input_ids[:, self.cache.num_tokens_seen :], None)
+        num_last = 2 + self.num_cut_anew  # the last token of a draft, which was not fed, and the one that follows it
+        feed = DraftFeed(self.model, self.cache, unseen, self.chunk_size, num_columns=input_ids.shape[1], num_last=num_last)
+        outputs = type(self.model).generate(
+            feed.view(),
+            input_ids,
+            generation_config=without_our_options(generation_config),
+            logits_processor=logits_processor,
+            min_new_tokens=min_new_tokens,
+            max_new_tokens=max_new_tokens,
+            attention_mask=torch.ones_like(input_ids),
+            **{CACHE_NAME: self.cache},
+        )
+        self.text = outputs.sequences
+        setattr(outputs, CACHE_NAME, None)  # else transformers takes tokens back, by a count of its own
+        return outputs
+
+    def _roll_back(self, input_ids: torch.Tensor) -> None:
+        """Take back all of the last draft that is not in the text."""
+        length = min(self.text.shape[1], input_ids.shape[1] - 1)
+        differences = (self.text[0, :length] != input_ids[0, :length]).nonzero()
+        num_same = int(differences[0]) if len(differences) else length
+        try:
+            self.cache.crop(min(num_same - self.num_cut_anew - self.cache.num_tokens_seen, 0))
+        except ValueError:  # more than was recorded
+            self.cache.reset()
+
+
+class ShortDrafts:
+    """A candidate generator of transformers whose drafts are cut to `length`, so that a pass over one can be taken back."""
+
+    def __init__(self, generator, cache, length: int):
+        self.generator, self.cache, self.length = generator, cache, length
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, cache, generation_config, **kwargs) -> "ShortDrafts":
+        """What `_get_candidate_generator` of the model makes, and cut."""
+        if kwargs.get("assistant_tokenizer") is not None:
+            # Else, for sampling, it cuts down the assistant itself, for good. Greedy drafts lead to the same distribution.
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.do_sample = False
+        generator = model._get_candidate_generator(generation_config=generation_config, **kwargs)
+        num_kept = [window.num_recent for window, _ in cache.stream.places]
+        if cache.quantization is not None:
+            num_kept.append(cache.quantization.min_recent)  # tokens that are not quantized
+        return cls(generator, cache, min(num_kept) - 1)
+
+    def get_candidates(self, input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The text `[1, length]` with a draft behind it, and the logits of the draft if there are any."""
+        self.cache.crop(0)  # all that is in the text stands: 5.14 only says so where it takes something back
+        ids, logits = self.generator.get_candidates(input_ids, *args, **kwargs)
+        length = min(ids.shape[1] - input_ids.shape[1], self.length)
+        if length == 0:
+            return input_ids, None
+        return ids[:, : input_ids.shape[1] + length], None if logits is None else logits[:, :length]
+
+    def __getattr__(self, name: str):
+        return getattr(self.generator, name)

@@ -1,0 +1,98 @@
+"""What a model is called with for a pass: positions, and masks in the form in which the model takes them."""
+
+import inspect
+
+import torch
+
+from .plan import Pass
+from .probe import FULL_MASKS, PADDING_MASKS, SLIDING_MASKS, ModelTraits
+from .releases import MODELS_ASK_FOR_QUERY_OFFSET, cache_name
+from .stream import Stream
+
+
+class ModelInputs:
+    """The arguments of a model, made from the plans of a pass."""
+
+    def __init__(self, model: torch.nn.Module, traits: ModelTraits, stream: Stream):
+        self.config, self.traits, self.stream = model.config.get_text_config(decoder=True), traits, stream
+        self.accepted = frozenset(inspect.signature(model.forward).parameters)
+        self.cache_name = cache_name(self.accepted)
+        self.masked_layers = {}  # under each name of a mask, a layer that takes it (None: one mask for all layers)
+        for index, layer in stream.layers.items():
+            self.masked_layers.setdefault(traits.layer_types[index] if traits.layer_types else None, layer)
+
+    def of_pass(self, tokens: torch.Tensor, name: str) -> dict:
+        """Everything but the cache, for the open pass. `tokens` are ids or embeddings, `[batch, num_columns, ...]`."""
+        current = self.stream.current
+        if current.num_parts > 1:
+            tokens = tokens.unflatten(1, (current.num_parts, -1)).flatten(0, 1)
+        inputs = {name: tokens, "use_cache": True, "attention_mask": self._attention_mask(current, tokens.device)}
+        if "position_ids" in self.accepted:
+            inputs["position_ids"] = position_ids(current, tokens.device)
+        if "cache_position" in self.accepted and (self.traits.is_chunked or self.stream.ids_plan.is_in_tensors):
+            inputs["cache_position"] = inputs["position_ids"][0]  # else the model makes it of numbers, constants for a graph
+        return inputs
+
+    def _attention_mask(self, current: Pass, device: torch.device):
+        """None where the model itself makes the right mask: a plain causal one."""
+        if self.traits.is_ordered:
+            return held_columns(current, self.stream.ids.window.length, device)
+        padding = padding_mask(current, device) if min(current.num_new) < current.num_columns else None
+        is_causal = padding is None or not self.traits.is_recurrent
+        for layers, _ in self.stream.places.values():
+            is_causal = is_causal and (not layers or layers[0].plan.is_causal)
+        if is_causal and self._model_makes_this_mask(current):
+            return None
+        num_rows = current.batch_size * current.num_parts
+        masks = {}
+        for name, layer in self.masked_layers.items():
+            masks[name] = layer.plan.mask(self._mask_dtype(layer)).to(device).expand(num_rows, -1, -1, -1)
+        if self.traits.is_recurrent:
+            # Models with recurrent layers look for their masks under different names: give each mask under all of them.
+            full = next((masks[name] for name in (None, *FULL_MASKS) if name in masks), None)
+            sliding = next((masks[name] for name in SLIDING_MASKS if name in masks), None)
+            masks |= dict.fromkeys(FULL_MASKS, full) | dict.fromkeys(SLIDING_MASKS, sliding)
+            return masks | dict.fromkeys(PADDING_MASKS, padding)
+        return masks if self.traits.layer_types else masks[None]
+
+    def _mask_dtype(self, layer) -> torch.dtype:
+        """Bool where a mask says what is visible; else it is added to the scores (always in old models and, before 5.17, indexers)."""
+        takes_numbers = self.traits.has_old_masks or self.traits.is_indexed
+        is_bool = self.config._attn_implementation == "sdpa" and not takes_numbers
+        return torch.bool if is_bool else layer.rings[0].slots.dtype
+
+    def _model_makes_this_mask(self, current: Pass) -> bool:
+        """Whether the mask that the model makes by itself is right, where each token sees all that is handed out before it."""
+        if self.traits.is_indexed:  # before 5.17, such a model takes the position of a query for its slot
+            return False
+        if self.traits.has_old_masks:  # right only if the model makes none; a mask of its own would cover the whole text
+            makes_none = self.config._attn_implementation == "sdpa" and getattr(self.config, "sliding_window", None) is None
+            return makes_none and not self.traits.has_local_attention and (current.num_columns == 1 or not any(current.num_seen))
+        return MODELS_ASK_FOR_QUERY_OFFSET or not self.traits.has_local_attention
+
+
+def position_ids(current: Pass, device: torch.device) -> torch.Tensor:
+    """Token numbers less the base of the row, `[batch * parts, part_length]`. Padding stands at 0."""
+    stop = [after - start for after, start in zip(current.num_after, current.base)]
+    if len(stop) == current.num_columns == 1:
+        return torch.full((current.batch_size, 1), stop[0] - 1, device=device)
+    if len(stop) == 1:
+        positions = torch.arange(stop[0] - current.num_columns, stop[0], device=device)[None]
+    else:
+        positions = torch.arange(-current.num_columns, 0, device=device) + torch.tensor(stop, device=device)[:, None]
+        positions = positions.clamp(min=0)
+    positions = positions.expand(current.batch_size, -1).reshape(-1, current.part_length)
+    return positions.contiguous()  # a graph is made for one memory layout
+
+
+def padding_mask(current: Pass, device: torch.device) -> torch.Tensor:
+    """1 for a token and 0 for padding, `[batch, num_columns]`."""
+    first = current.num_columns - torch.tensor(current.num_new, device=device)[:, None]
+    return (torch.arange(current.num_columns, device=device) >= first).long().expand(current.batch_size, -1)
+
+
+def held_columns(current: Pass, length: int, device: torch.device) -> torch.Tensor:
+    """Of an ordered pass, which keys are tokens, `[batch, num_held]`: the model derives their order from this mask (ALiBi)."""
+    num_held = torch.tensor([min(after, length) for after in current.num_after], device=device)[:, None]
+    width = min(max(current.num_after), length)
+    return (torch.arange(width, device=device) >= width - num_held).long().expand(current.batch_size, -1)

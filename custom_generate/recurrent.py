@@ -1,0 +1,110 @@
+"""Layers that have a recurrent or convolutional state, alone or beside keys and values. The states are those of transformers."""
+
+import torch
+
+from .layers import SinkLayer, selected
+from .plan import Pass, Plan
+from .probe import ModelTraits
+from .releases import LinearAttentionLayer, has_previous_state, named_states, own_layers, restore_recurrent
+
+
+class RecurrentLayer(LinearAttentionLayer):
+    """A layer with a state, as transformers made it for the model, whose rows are chosen in place."""
+
+    def __init__(self, own: LinearAttentionLayer):
+        vars(self).update(vars(own))
+
+    @torch.inference_mode()  # the model may have made its states there
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        states = named_states(self).values()
+        if any(len(state) != len(beam_idx) for state in states):
+            with torch.inference_mode(False):
+                return super().reorder_cache(beam_idx)
+        for state in states:
+            selected(state, beam_idx.to(state.device))
+
+
+class RecurrentSinkLayer(SinkLayer, RecurrentLayer):
+    """A layer that has both, keys and values and a state."""
+
+    is_croppable = False
+
+    def __init__(self, layer: SinkLayer, own: LinearAttentionLayer):
+        vars(self).update(vars(own) | vars(layer) | {"sink_layer": layer})
+
+    @property
+    def plan(self) -> Plan:
+        return self.sink_layer.plan
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        RecurrentLayer.lazy_initialization(self, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        SinkLayer.reorder_cache(self, beam_idx)
+        RecurrentLayer.reorder_cache(self, beam_idx)
+
+
+def layers_of_model(config, sink_layers: dict[int, SinkLayer]) -> list:
+    """One layer for each layer of the model: ours for keys and values, and those of transformers for everything else."""
+    layers = own_layers(config)
+    for index, own in enumerate(layers):
+        layer = sink_layers.get(index)
+        if isinstance(own, LinearAttentionLayer):
+            layers[index] = RecurrentLayer(own) if layer is None else RecurrentSinkLayer(layer, own)
+        elif layer is not None:
+            layers[index] = layer
+    return layers
+
+
+class RecurrentStates:
+    """The states of all layers of a cache.
+
+    Attributes:
+        layers: the layers that have a state, by their numbers.
+        idle: states of rows that bring nothing but padding in the last pass: number of the layer, name, rows, states. A recurrent layer
+            goes on over padding as if it were text, so that these states have to be put back.
+    """
+
+    def __init__(self, layers: list):
+        self.layers = {index: layer for index, layer in enumerate(layers) if isinstance(layer, LinearAttentionLayer)}
+        self.idle: list[tuple] = []
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All states, by names such as `layers.3.recurrent.conv_states.0`. Rows are dimension 0."""
+        layers = self.layers.items()
+        return {f"layers.{index}.recurrent.{name}": state for index, layer in layers for name, state in named_states(layer).items()}
+
+    def allocate(self, traits: ModelTraits, batch_size: int) -> None:
+        """For static mode: all states at once, as zeros; in place if there are as many rows."""
+        has_room = {len(state) for state in self.tensors.values()} == {batch_size}
+        for index, layer in self.layers.items():
+            LinearAttentionLayer.reset(layer)
+            if not has_room:
+                states = traits.recurrent_states[index]
+                states = {name: state.new_zeros(batch_size, *state.shape[1:]) for name, state in states.items()}
+                restore_recurrent(layer, states, [False] * len(has_previous_state(layer)))
+
+    def check(self, current: Pass) -> None:
+        """Refuse a pass in which a row that goes on has padding in front of its tokens."""
+        rows = zip(current.num_seen, current.num_new)
+        row, new = next(((row, new) for row, (seen, new) in enumerate(rows) if seen > 0 and 0 < new < current.num_columns), (None, 0))
+        if row is not None:
+            raise ValueError(
+                f"Row {row} of the batch goes on by {new} tokens and another one by {current.num_columns}: the padding between would change "
+                "its recurrent states as if it were text. Split the pass so that in each part a row has tokens in all columns or in "
+                "none, or generate with custom_generate, which does."
+            )
+
+    def begin(self, current: Pass) -> None:
+        """Keep the states of idle rows."""
+        rows = [row for row in range(current.batch_size) if current.num_new[row % len(current.num_new)] == 0]
+        layers = self.layers if rows and any(current.num_seen) else {}
+        named = ((index, *item) for index, layer in layers.items() for item in named_states(layer).items())
+        self.idle = [(index, name, rows, state[rows]) for index, name, state in named]
+
+    def put_back_idle(self) -> None:
+        with torch.inference_mode():  # the model may have made its states there
+            for index, name, rows, states in self.idle:
+                named_states(self.layers[index])[name][rows] = states
+        self.idle = []

@@ -1,0 +1,171 @@
+"""A window that never moves in memory, for `torch.compile`: one graph serves every token of a stream.
+
+What a pass over one token has to know stands in tensors (`Cursor`), which are changed in place before the pass: no number in the graph
+changes from token to token. Passes over several tokens are those of `layers.py`.
+"""
+
+import torch
+
+from .layers import Ring, Sinks
+from .plan import Pass, Plan, as_mask
+from .rotation import rotate
+from .stream import Stream
+from .window import Window
+
+
+class Cursor:
+    """The plan of a pass over one token for each row, in tensors that stay where they are.
+
+    Attributes:
+        slots: int64 `[batch, num_sinks + 1]`, the slots that a pass writes: the slots of the sinks, and of the token of each row.
+        visible: `[batch, 1, 1, window_length]`, what its query sees: bool, or numbers that are added to the scores.
+    """
+
+    num_columns = num_parts = 1
+    is_in_tensors = can_be_undone = True
+    is_causal = False  # slots that are not in use yet are handed out too
+
+    def __init__(self, window: Window, batch_size: int, device: torch.device):
+        self.window, self.kv_length = window, window.length
+        self.rows = torch.arange(batch_size, device=device)
+        self.slots = torch.arange(window.num_sinks + 1, device=device).repeat(batch_size, 1)
+        self.visible = torch.zeros(batch_size, 1, 1, window.length, dtype=torch.bool, device=device)
+        self.shifts, self.writes_sinks, self._num_visible = [0], True, [0]
+        keep_in_place(self.rows, self.slots, self.visible)
+
+    def move(self, current: Pass) -> None:
+        """To the token of this pass."""
+        window, num_seen, had_all_sinks = self.window, current.num_seen, not self.writes_sinks
+        self.shifts = [window.shift(seen - start) for seen, start in zip(num_seen, current.base)]
+        self.writes_sinks = min(num_seen) < window.num_sinks
+        slots = torch.tensor([[window.slot(seen)] for seen in num_seen], device=self.slots.device)
+        if self.writes_sinks or not had_all_sinks:
+            # The token may be a sink. No slot is written twice: a slot that is not in use yet takes the place of the slot of that sink.
+            sinks = torch.arange(window.num_sinks, device=slots.device)
+            slots = torch.cat([torch.where(sinks == slots, window.num_sinks, sinks), slots], dim=1)
+        self.slots[:, -slots.shape[1] :].copy_(slots)
+        num_visible = [min(seen + 1, window.length) for seen in num_seen]
+        if num_visible != self._num_visible:
+            self._num_visible = num_visible
+            self._show()
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype != self.visible.dtype:  # for the first time, or after model.set_attn_implementation
+            self.visible = torch.zeros_like(self.visible, dtype=dtype)
+            keep_in_place(self.visible)
+            self._show()
+        return self.visible
+
+    def _show(self) -> None:
+        num_visible = torch.tensor(self._num_visible, device=self.rows.device)[:, None, None, None]
+        visible = torch.arange(self.window.length, device=self.rows.device) < num_visible
+        self.visible.copy_(as_mask(visible, self.visible.dtype))
+
+    def write(self, held: torch.Tensor, new: torch.Tensor) -> None:
+        """Put the token of each row, with the sinks in front of it if they moved, where they go: `[batch, heads, num, head_dim]`."""
+        slots = self.slots[:, -new.shape[2] :]
+        if len(slots) == 1:
+            held.index_copy_(2, slots[0], new)
+        else:
+            held[self.rows[:, None], :, slots] = new.transpose(1, 2)
+
+
+class StaticRing(Ring):
+    """A ring whose slots are allocated at once, and stay where they are."""
+
+    def allocate(self, batch_size: int) -> None:
+        if batch_size not in (0, len(self.slots)):  # else they stay: no query sees what is left in them
+            num_heads, head_dim = self.slots.shape[1], self.slots.shape[3]
+            self.slots = self.slots.new_zeros(batch_size, num_heads, self.window.length, head_dim)
+            keep_in_place(self.slots)
+
+    def update(self, plan: Plan | Cursor, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(plan, Plan):
+            return super().update(plan, new, held)
+        if self.sinks is not None:
+            new = torch.cat([self.sinks.rotated(self.number).to(new.dtype), new], dim=2)  # one write, once it is compiled
+        plan.write(self.slots, new)
+        return self.slots
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        super().select_rows(index)
+        keep_in_place(self.slots)
+
+
+class StaticSinks(Sinks):
+    """Sinks that a pass over one token rotates within its graph, by cosines and sines in `turn`."""
+
+    turn: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [*super().tensors, *([] if self.turn is None else [self.turn])]
+
+    def begin(self, plan: Plan | Cursor) -> None:
+        if isinstance(plan, Plan):
+            super().begin(plan)
+            return
+        if self.are_new:
+            self.keep()
+        self.are_new = plan.writes_sinks
+        cos_sin = self.cos_sin_at(plan.shifts).expand(-1, len(plan.rows), -1, -1, -1)
+        if self.turn is None or self.turn.shape != cos_sin.shape:
+            self.turn = cos_sin.clone(memory_format=torch.contiguous_format)
+            keep_in_place(self.turn)
+        self.turn.copy_(cos_sin)
+        self.moved_by = plan.shifts
+
+    def rotated(self, number: int) -> torch.Tensor:
+        """The sinks of one ring, where the query of this pass needs them: float32."""
+        return rotate(self.pristine[:, number], self.turn)
+
+    def move(self, shifts: list[int]) -> None:
+        """Always: an interrupted pass over one token may have moved the sinks of some layers."""
+        self.moved_by = [-1] if any(self.moved_by) else self.moved_by
+        super().move(shifts)
+
+    def allocate(self, batch_size: int) -> None:
+        if self.pristine is not None and batch_size in (0, self.pristine.shape[2]):
+            self.forget()  # the memory stays
+        else:
+            super().allocate(batch_size)
+            keep_in_place(self.pristine)
+
+
+class StaticStream(Stream):
+    """A stream whose passes over one token are plans in tensors."""
+
+    def __init__(self, *args):
+        self.cursors: dict[tuple[Window, torch.device], Cursor] = {}
+        super().__init__(*args)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return super().tensors + [tensor for each in self.cursors.values() for tensor in (each.rows, each.slots, each.visible)]
+
+    def new_ring(self, window: Window, *how, kind: str | None = None) -> StaticRing:
+        return StaticRing(window, *how)
+
+    def new_sinks(self, rings: list[Ring]) -> StaticSinks:
+        return StaticSinks(rings)
+
+    def plan_of(self, current: Pass, window: Window, device: torch.device) -> Plan | Cursor:
+        if not current.is_prepared or not current.num_columns == min(current.num_new) == 1:
+            return Plan(window, current, device)
+        cursor = self.cursors.get((window, device))
+        if cursor is None or len(cursor.rows) != current.batch_size:
+            cursor = self.cursors[window, device] = Cursor(window, current.batch_size, device)
+        cursor.move(current)
+        return cursor
+
+    def begin(self, current: Pass) -> None:
+        super().begin(current)
+        if current.is_recorded and self.ids_plan.is_in_tensors:  # here, because a graph can't keep a log
+            for ring in (*self.rings, self.ids):
+                ring.record(Plan(ring.window, current, ring.slots.device), ring.slots)
+
+
+def keep_in_place(*tensors: torch.Tensor) -> None:
+    """Tell torch.compile that these are changed in place and never move, so that CUDA graphs can be made of what reads them."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)
