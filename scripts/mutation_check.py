@@ -54,14 +54,18 @@ TESTS = [
 ]
 
 # In place of those, for modules that they don't use.
-STORED = [["tests/test_quantized.py", "tests/test_offloaded.py"], ["tests/test_stored_state.py", "tests/test_memory.py"]]
+STORED = [["tests/test_kinds_of_windows.py"], ["tests/test_memory.py"]]
 TESTS_OF = {
     "offloaded": STORED,
+    "quantization": STORED,
     "quantized": STORED,
+    "stored": STORED,
     "static": [["tests/test_static.py"]],
-    "saving": [["tests/test_state.py"], ["tests/test_stored_state.py"]],
+    "saving": [["tests/test_state.py"], ["tests/test_kinds_of_windows.py"]],
+    "probe": [["tests/test_probe.py", "tests/test_rotation.py"], ["tests/test_errors.py"], ["tests/test_zoo.py"]],
     "options": [["tests/test_errors.py"], ["tests/test_generate.py"], ["tests/test_modes.py", "tests/test_compatibility.py"]],
-    "prompt": [["tests/test_generate.py"], ["tests/test_errors.py", "tests/test_modes.py"]],
+    "prompt": [["tests/test_prompt.py", "tests/test_generate.py"], ["tests/test_errors.py", "tests/test_modes.py"]],
+    "history": [["tests/test_prompt.py", "tests/test_generate.py"], ["tests/test_errors.py", "tests/test_modes.py"]],
     "feed": [["tests/test_generate.py"], ["tests/test_beams.py", "tests/test_assisted.py"], ["tests/test_modes.py"]],
     "drafting": [["tests/test_assisted.py"]],
     "guidance": [["tests/test_modes.py"]],
@@ -151,7 +155,8 @@ class Mutator:
         line = self.raw[:start].count(b"\n") + 1
         old = " ".join(self.raw[start:stop].decode().split())
         name = f"{where}: {self.lines[line - 1].strip():.90}: {old:.60} -> {' '.join(new.split()):.60}"
-        self.found[name if name not in self.found else f"{name} (at {start})"] = Mutation(self.module, line, self.raw, start, stop, new)
+        name = name if name not in self.found else f"{name} (at {start})"
+        self.found[name] = Mutation(self.module, line, self.raw, start, stop, new)
 
     def _place(self, line: int, column: int) -> int:
         return self.starts[line - 1] + column
