@@ -52,6 +52,20 @@ def check_model(model: torch.nn.Module, traits: ModelTraits, windows: dict[int, 
         )
 
 
+def check_same(model: torch.nn.Module, bound: torch.nn.Module | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse another model than the model to which a cache is bound, or one that has changed since."""
+    if bound is not model:
+        raise ValueError(
+            f"This cache was made for another model, and its keys mean nothing to this {type(model).__name__}. Make a new one "
+            "with SinkCache.from_model(model, ...)."
+        )
+    if (dtype, device) != (model.dtype, model.device):
+        raise ValueError(
+            f"The model is now in {model.dtype} on {model.device}, and this cache was made for it in {dtype} on {device}. Make "
+            "a new one with SinkCache.from_model(model, ...)."
+        )
+
+
 def check_tokens(tokens, num_dims: int, attention_mask) -> list[int]:
     """Refuse what is no batch of tokens with its mask. Returns the number of tokens of each row, or a single one for all."""
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != num_dims or 0 in tokens.shape[:2]:

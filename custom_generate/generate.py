@@ -16,6 +16,7 @@ on the model. No file is opened but the file whose path is passed to `SinkCache.
 
 import contextlib
 import copy
+import functools
 import os
 import threading
 import weakref
@@ -23,7 +24,17 @@ import weakref
 import torch
 
 # transformers up to 5.5 copies only the modules that THIS file imports: name all of them here.
-from .doors import check_attention, check_crop, check_model, check_numbers, check_parts, check_pass, check_tokens, check_unprepared
+from .doors import (
+    check_attention,
+    check_crop,
+    check_model,
+    check_numbers,
+    check_parts,
+    check_pass,
+    check_same,
+    check_tokens,
+    check_unprepared,
+)
 from .drafting import DraftFeed, check_drafting, drafting_model
 from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
@@ -35,13 +46,15 @@ from .options import Call
 from .plan import Pass
 from .probe import check_is_decoder, check_mode, model_traits
 from .prompt import whole_prompt
-from .quantized import Quantization, QuantizedStream
+from .quantization import Quantization
+from .quantized import QuantizedStream
 from .reading import ReadableCache
 from .recurrent import RecurrentStates, layers_of_model
 from .releases import CACHE_NAME, NotesRecurrentLayers, unwrapped
 from .rotation import Rotation  # noqa: F401
 from .saving import Saved, settings_of
 from .static import StaticStream
+from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
 from .window import Window  # noqa: F401
 
@@ -61,17 +74,16 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         logits = model(**cache.prepare(input_ids)).logits        # any number of new tokens, padded batches too
         logits = model(input_ids, past_key_values=cache).logits  # one row; one token at a time once the window is full
 
-    does. With the second form, as with the model's own `generate(past_key_values=cache)`, the model counts positions by itself,
-    without an end; `prepare` keeps them small, and so exact in float32 for texts of any length.
+    does. With the second form the model counts positions by itself, without an end. `prepare` keeps positions small, and so exact in
+    float32 for texts of any length.
 
     Args:
         window_length: tokens held, the sinks and the newest token included.
         num_sink_tokens: how many of the first tokens are never evicted. 0 makes a plain sliding window.
-        static: room for the whole window is made at once and never moves, and `torch.compile` makes one graph of a prepared pass over
-            one token, which serves the whole stream.
-        quantized: a dict of options (see `Quantization`, {} for the defaults): but for the sinks and the most recent tokens, what is
-            held is quantized. Layers with native windows too short for that stay as they are.
-        offloaded: but for the sinks, what is held is kept in the memory of the host.
+        static: all slots are allocated at once and never move, so that `torch.compile` makes one graph for all tokens.
+        quantized: options of `Quantization` ({} for the defaults). All but the sinks and the most recent tokens is quantized; layers with
+            native windows too short for that stay as they are.
+        offloaded: all but the sinks is kept in the memory of the host.
 
     Attributes:
         unseen_token_ids: the last token that `generate` returned for each row: chosen, but not yet processed. None if there is none.
@@ -101,6 +113,9 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         super().__init__(layers=[])
         self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
         self.is_static, self.is_offloaded = static, offloaded
+        quantized = quantized if quantized is None else vars(self.quantization)
+        sizes = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
+        self.arguments = sizes | {"static": static, "quantized": quantized, "offloaded": offloaded}
         self.reset()
 
     @classmethod
@@ -118,17 +133,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     def empty_like(self) -> "SinkCache":
         """A new cache of the same window and kind, which serves no model yet."""
-        return type(self)(**self._arguments)
-
-    @property
-    def _arguments(self) -> dict:
-        return {
-            "window_length": self.window_length,
-            "num_sink_tokens": self.num_sink_tokens,
-            "static": self.is_static,
-            "quantized": self.quantization and vars(self.quantization),
-            "offloaded": self.is_offloaded,
-        }
+        return type(self)(**self.arguments)
 
     def bind(self, model: torch.nn.Module) -> None:
         """Tell the cache which model it serves: once, before its first token.
@@ -140,36 +145,21 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         check_attention(model)
         check_mode(model)
         if self.traits is not None:
-            self._check_same(model)
+            check_same(model, self._model(), *self._bound_as)
             return
         traits = model_traits(model, self.window_length)
-        stream = self._new_stream({index: layer for index, layer in enumerate(traits.layers) if layer is not None})
+        kind = StaticStream if self.is_static else OffloadedStream if self.is_offloaded else Stream
+        if self.quantization is not None:
+            kind = functools.partial(QuantizedStream, quantization=self.quantization)
+        stream = kind(self.window, {index: layer for index, layer in enumerate(traits.layers) if layer is not None})
         check_model(model, traits, {index: layer.window for index, layer in stream.layers.items()}, self.is_static)
         self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, traits, stream)
         self._model, self._bound_as = weakref.ref(model), (model.dtype, model.device)
         self._make_layers()
 
-    def _new_stream(self, layers: dict) -> Stream:
-        if self.quantization is not None:
-            return QuantizedStream(self.window, layers, self.quantization)
-        return (StaticStream if self.is_static else OffloadedStream if self.is_offloaded else Stream)(self.window, layers)
-
     def _make_layers(self) -> None:
         self.layers = layers_of_model(self.inputs.config, self.stream.layers)
         self.recurrent = RecurrentStates(self.layers)
-
-    def _check_same(self, model: torch.nn.Module) -> None:
-        dtype, device = self._bound_as
-        if self._model() is not model:
-            raise ValueError(
-                f"This cache was made for another model, and its keys mean nothing to this {type(model).__name__}. Make a new one "
-                "with SinkCache.from_model(model, ...)."
-            )
-        if (dtype, device) != (model.dtype, model.device):
-            raise ValueError(
-                f"The model is now in {model.dtype} on {model.device}, and this cache was made for it in {dtype} on {device}. Make "
-                "a new one with SinkCache.from_model(model, ...)."
-            )
 
     # One forward pass
 
@@ -250,9 +240,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         if model is not None and model.training:
             check_mode(model)
         if stream.batch_size not in (-1, batch_size):
-            raise ValueError(
-                f"This cache holds {stream.batch_size} rows, and {batch_size} are passed. Pass as many, or a new cache."
-            )
+            raise ValueError(f"This cache holds {stream.batch_size} rows, and {batch_size} are passed. Pass as many, or a new cache.")
         num_seen, base = stream.num_seen, stream.base
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
@@ -288,19 +276,20 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         check_unprepared(self.traits, self.stream, num_columns)
         self._begin(batch_size, num_columns, [num_columns], is_prepared=False)
 
-    def _settle(self) -> None:
+    def _settle(self, is_reset: bool = False) -> None:
         """Before anything is changed: make the last pass part of what was seen, or give it up if it was interrupted.
 
         Raises:
             ValueError: the interrupted pass can't be repeated, or a call of `generate` in another thread uses the cache.
         """
-        self._check_thread()
-        stream = self.stream
+        user, stream = vars(self).get("_in_call"), self.stream
+        if user is not None and user[0] != threading.get_ident():
+            raise in_use()
         if stream is None:
             return
         if stream.done is not None:
             stream.settle()
-        if (stream.current is not None or self.traits.is_recurrent) and self._is_interrupted:
+        if (stream.current is not None or self.traits.is_recurrent) and self._is_interrupted and not is_reset:
             raise ValueError(
                 f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already let go of "
                 "what a second try needs. Call reset(), or go on from a copy that was made before."
@@ -310,19 +299,14 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         elif self.recurrent.idle:
             self.recurrent.put_back_idle()
 
-    def _check_thread(self) -> None:
-        user = vars(self).get("_in_call")
-        if user is not None and user[0] != threading.get_ident():
-            raise in_use()
-
     @property
     def _is_interrupted(self) -> bool:
         """Whether the last pass has not been through all layers, and can't be repeated: true of every pass with recurrent states."""
-        stream, noted, reached = self.stream, self.traits.noted_layers, self.layers_reached
-        if stream.current is None:  # it was through all layers that hold keys
-            return any(stream.num_seen) and not noted <= reached
-        has_begun = stream.has_begun or stream.ids_plan.is_in_tensors or not noted.isdisjoint(reached)
-        return has_begun and not stream.current.can_be_repeated
+        stream, current = self.stream, self.stream.current
+        if not self.traits.is_recurrent:
+            return current is not None and stream.has_begun and not current.can_be_repeated
+        has_reached_all = not any(stream.num_seen) or self.traits.noted_layers <= self.layers_reached
+        return current is not None or not has_reached_all
 
     def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the keys that a pass will be handed, for the mask that a model makes by itself.
@@ -368,7 +352,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     def reset(self) -> None:
         """As new: no tokens, any batch size."""
-        self._check_thread()
+        self._settle(is_reset=True)
         self.unseen_token_ids: list[int] | None = None
         self.num_padding_columns = 0
         self.layers_reached: set[int] = set()
@@ -399,16 +383,12 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     # Roll-back
 
     def activate_past_recording(self, is_active: bool = True) -> None:
-        """Keep what passes evict from now on, until `crop` says which of their tokens stand."""
+        """Keep what passes evict from now on, until `crop` says which of their tokens stand. False: no longer, and what was kept stands."""
         self.require_model()
         self._settle()
         self.num_padding_columns = 0
         self.stream.is_recording = is_active
         self.stream.forget_recorded()
-
-    def stop_recording(self) -> None:
-        """What was recorded stands, and no more is recorded."""
-        self.activate_past_recording(False)
 
     def crop(self, num_tokens: int) -> None:
         """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if negative, else all but the first so
@@ -451,7 +431,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self._settle()
         if self._model() is None:
             raise ValueError("Can't save a cache whose model is gone: the file has to say which model can go on from it.")
-        numbers = {"model": settings_of(self._model()), "arguments": self._arguments, "unseen_token_ids": self.unseen_token_ids}
+        numbers = {"model": settings_of(self._model()), "arguments": self.arguments, "unseen_token_ids": self.unseen_token_ids}
         Saved.of(self.stream, self.recurrent, **numbers).write(path)
 
     @classmethod

@@ -153,7 +153,7 @@ class Sinks:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything that is held beside the slots."""
-        return [self.pristine, self._ahead, *([] if self.for_queries is None else [self.for_queries])]
+        return [tensor for tensor in (self.pristine, self._ahead, self.for_queries) if tensor is not None]
 
     def allocate(self, batch_size: int) -> None:
         """Begin with no tokens."""
@@ -161,12 +161,13 @@ class Sinks:
         shape = 2, len(self.rings), batch_size, num_heads, self.window.num_sinks, head_dim
         self.pristine = torch.zeros(shape, device=self.rings[0].slots.device)
         self.forget()
+        if batch_size > 0:
+            self.cos_sin_at([0])
 
     def forget(self) -> None:
         self.moved_by, self.are_new, self.for_queries = [0], False, None
         self._views, self._viewed = [], None  # the slots of the sinks, and of the first ring all slots
         self._ahead, self._first_ahead = None, 0
-        self.cos_sin_at([0])
 
     def begin(self, plan: Plan) -> None:
         """Before a pass: bring the sinks to where its queries need them, or say where that is for each query."""
@@ -234,6 +235,15 @@ class SinkLayer(CacheLayerMixin):
     @property
     def values(self) -> torch.Tensor:
         return self.rings[1].slots
+
+    @property
+    def record_past(self) -> bool:
+        """Whether passes keep what they evict. transformers sets it back when it has drafted."""
+        return self.stream.is_recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.stream.is_recording = value
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """`[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""

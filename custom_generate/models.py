@@ -1,8 +1,78 @@
-"""What a model says of itself, without being run: frequencies, limits of its positions, the mode that it is in."""
+"""What the cache has to know of a model, and as much of it as can be read off the model without running it."""
+
+import functools
+from dataclasses import dataclass
 
 import torch
 
 from .releases import input_device, is_autocast_enabled
+from .rotation import Rotation
+
+# The names under which models with recurrent layers look for the masks of layers that see all, of layers with a native window,
+# and of layers that have to know only what is padding.
+FULL_MASKS, SLIDING_MASKS = ("full_attention", "hybrid"), ("sliding_attention", "hybrid_sliding")
+PADDING_MASKS = "linear_attention", "conv"
+
+
+@dataclass(frozen=True)
+class LayerTraits:
+    """What the cache has to know of one attention layer. Pairs are for what the layer caches: keys and values.
+
+    (Most models rotate keys. Models with latent attention cache a latent as their keys, and the rotated part as their values.)
+
+    Attributes:
+        native_window: the layer's own sliding window, None for full attention.
+        rotations: how each is moved.
+        shapes: `(num_heads, head_dim)` of each.
+    """
+
+    native_window: int | None
+    rotations: tuple[Rotation, Rotation]
+    shapes: tuple[tuple[int, int], tuple[int, int]]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What the cache has to know of a model.
+
+    Attributes:
+        layers: None for a layer without keys of its own: a recurrent or convolutional state, or another layer's keys.
+        rebase_at: when positions reach this, all are lowered and keys re-rotated once.
+        max_positions: first position that the model can't encode exactly (None: unlimited).
+        is_ordered: scores depend on the order in which keys are handed out (ALiBi), and keys do not depend on positions.
+        recurrent_states: the recurrent and convolutional states of each layer that has any, by their names, with no rows.
+        noted_layers: layers with such states that a pass can be seen to reach (`NotesRecurrentLayers`).
+        splits_exactly: logits do not depend on how a text is split into passes. If not, passes of several tokens agree among
+            each other, but not with passes of a single token.
+        is_chunked: layers attend within chunks of the text (Llama 4), and the window fits into one.
+        is_indexed: layers choose what they attend to (DeepSeek Sparse Attention), and may choose a whole window.
+        layer_types: one name a layer, where the model takes one mask for each type of layer. Else None.
+        has_old_masks: `makes_masks_itself`.
+    """
+
+    layers: tuple[LayerTraits | None, ...]
+    rebase_at: int
+    max_positions: int | None
+    is_ordered: bool
+    recurrent_states: dict[int, dict[str, torch.Tensor]]
+    noted_layers: frozenset[int]
+    splits_exactly: bool
+    is_chunked: bool
+    is_indexed: bool
+    layer_types: tuple[str, ...] | None
+    has_old_masks: bool
+
+    @functools.cached_property
+    def is_recurrent(self) -> bool:
+        """There are recurrent or convolutional states."""
+        return len(self.recurrent_states) > 0
+
+    @functools.cached_property
+    def has_local_attention(self) -> bool:
+        """The model's own masks of some layers hide what is far behind a query."""
+        return self.is_chunked or any(layer is not None and layer.native_window is not None for layer in self.layers)
 
 
 def inverse_frequencies(model: torch.nn.Module, config) -> list[torch.Tensor]:
@@ -52,13 +122,13 @@ def check_is_decoder(model: torch.nn.Module) -> None:
 
 
 def dropout_of(model: torch.nn.Module) -> str | None:
-    """A dropout that is at work in a model in training mode, as `name=probability`; None if there is none."""
+    """A dropout at work in a model in training mode, as `name=probability`; None if there is none."""
     for name, module in model.named_modules():
-        if module.training and isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
-            return f"{name}.p={module.p}"
-        for option, value in vars(module).items() if module.training else ():
-            if "drop" in option and isinstance(value, float) and value > 0:
-                return f"{name}.{option}={value}"
+        options = ["p"] if isinstance(module, torch.nn.Dropout) else [option for option in vars(module) if "drop" in option]
+        for option in options if module.training else ():
+            probability = getattr(module, option)
+            if isinstance(probability, float) and probability > 0:
+                return f"{name}.{option}={probability}"
     return None
 
 
@@ -66,17 +136,17 @@ def check_mode(model: torch.nn.Module) -> None:
     """Refuse a model in a mode in which it passes by the cache, or computes something else each time."""
     if model.training and model.is_gradient_checkpointing:
         raise ValueError(
-            "The model is in training mode with gradient checkpointing, where its layers pass by the cache. Call model.eval() first "
-            "(or model.gradient_checkpointing_disable())."
+            "The model is in training mode with gradient checkpointing, where its layers pass by the cache. Call model.eval() "
+            "first (or model.gradient_checkpointing_disable())."
         )
     if model.training and (dropout := dropout_of(model)) is not None:
         raise ValueError(
-            f"The model is in training mode with dropout ({dropout}), where each pass computes something else, and no cache can keep what "
-            "a text was computed to. Call model.eval() first."
+            f"The model is in training mode with dropout ({dropout}), where the same tokens give other keys in each pass. Call "
+            "model.eval() first."
         )
     device = input_device(model).type
     if is_autocast_enabled(device):
         raise ValueError(
-            "SinkCache can't be used under autocast: a model then computes its keys in one dtype and its values in another. Leave "
-            f"autocast, with torch.autocast({device!r}, enabled=False), or put the model into one dtype, model.to(dtype)."
+            "SinkCache can't be used under autocast: a model then computes its keys in one dtype and its values in another. "
+            f"Leave autocast, with torch.autocast({device!r}, enabled=False), or put the model into one dtype, model.to(dtype)."
         )

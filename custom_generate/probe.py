@@ -1,17 +1,26 @@
-"""Asks a model how it treats positions: what the cache has to know of it, or why the cache can't serve it."""
+"""Asks a model how it treats positions, by running it on a few short texts; and refuses one for which the rules can't be kept."""
 
 import contextlib
 import copy
-import functools
 import inspect
 import weakref
-from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from .models import check_is_decoder, check_mode, find_max_positions, inverse_frequencies, limits_time_steps
+from .models import (
+    FULL_MASKS,
+    PADDING_MASKS,
+    SLIDING_MASKS,
+    LayerTraits,
+    ModelTraits,
+    check_is_decoder,
+    check_mode,
+    find_max_positions,
+    inverse_frequencies,
+    limits_time_steps,
+)
 from .releases import (
     FULL_ATTENTION,
     OUT_OF_MEMORY,
@@ -24,7 +33,6 @@ from .releases import (
     input_device,
     makes_masks_itself,
     named_states,
-    own_cache,
     own_layers,
     uncompiled_copy,
 )
@@ -32,118 +40,36 @@ from .rotation import Rotation, candidate_rotations
 
 logger = logging.get_logger(__name__)
 
+# How far keys may be from a rotation that explains them, relative to the length of a pair: in the first layer, and behind it,
+# where in 16 bits the rounding of scores comes on top of that of cosines, sines and products.
+ROTATION_TOLERANCE = {torch.float64: (2e-3, 2e-3), torch.float32: (2e-3, 2e-3)}
+ROTATION_TOLERANCE |= {torch.float16: (4e-3, 4e-2), torch.bfloat16: (1.5e-2, 0.15)}
 
-@dataclass(frozen=True)
-class LayerTraits:
-    """What the cache has to know of one attention layer. Pairs are for what the layer caches: keys and values.
-
-    (Most models rotate keys. Models with latent attention cache a latent as their keys, and the rotated part as their values.)
-
-    Attributes:
-        native_window: the layer's own sliding window, None for full attention.
-        rotations: how each is moved.
-        shapes: `(num_heads, head_dim)` of each.
-    """
-
-    native_window: int | None
-    rotations: tuple[Rotation, Rotation]
-    shapes: tuple[tuple[int, int], tuple[int, int]]
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class ModelTraits:
-    """What the cache has to know of a model.
-
-    Attributes:
-        layers: None for a layer without keys of its own: a recurrent or convolutional state, or another layer's keys.
-        rebase_at: when positions reach this, all are lowered and keys re-rotated once.
-        max_positions: first position that the model can't encode exactly (None: unlimited).
-        is_ordered: scores depend on the order in which keys are handed out (ALiBi), and keys do not depend on positions.
-        recurrent_states: the recurrent and convolutional states of each layer that has any, by their names, with no rows.
-        noted_layers: layers with such states that a pass can be seen to reach (`NotesRecurrentLayers`).
-        splits_exactly: logits do not depend on how a text is split into passes. If not, passes of several tokens agree among
-            each other, but not with passes of a single token.
-        is_chunked: layers attend within chunks of the text (Llama 4), and the window fits into one.
-        is_indexed: layers choose what they attend to (DeepSeek Sparse Attention), and may choose a whole window.
-        layer_types: one name a layer, where the model takes one mask for each type of layer. Else None.
-        has_old_masks: `makes_masks_itself`.
-    """
-
-    layers: tuple[LayerTraits | None, ...]
-    rebase_at: int
-    max_positions: int | None
-    is_ordered: bool
-    recurrent_states: dict[int, dict[str, torch.Tensor]]
-    noted_layers: frozenset[int]
-    splits_exactly: bool
-    is_chunked: bool
-    is_indexed: bool
-    layer_types: tuple[str, ...] | None
-    has_old_masks: bool
-
-    @functools.cached_property
-    def is_recurrent(self) -> bool:
-        """There are recurrent or convolutional states."""
-        return len(self.recurrent_states) > 0
-
-    @functools.cached_property
-    def has_local_attention(self) -> bool:
-        """The model's own masks of some layers hide what is far behind a query."""
-        return self.is_chunked or any(layer is not None and layer.native_window is not None for layer in self.layers)
-
-
-# How far keys may be from a rotation that explains them, relative to the length of a pair. In 16 bits, the model rounds cosine, sine,
-# both products and their sum. Behind the first layer (second number) the rounding of scores comes on top, where a token can
-# attend to something else than itself.
-ROTATION_TOLERANCE = {
-    torch.float64: (2e-3, 2e-3),
-    torch.float32: (2e-3, 2e-3),
-    torch.float16: (4e-3, 4e-2),
-    torch.bfloat16: (1.5e-2, 0.15),
-}
-
-# The model's own noise is what rounding does to the logits of a text that is moved by single positions: each position has other
-# angles, and each model amplifies their rounding in its own way. The same text elsewhere may differ from its logits at the first
-# positions by so many standard errors of this noise. Measured, at windows of 16 to 16,384 in float32, bfloat16 and float16: up to 1.7
-# for models that depend on distances only (SmolLM2, Gemma 3, all families, random deep models), from 2.9 on for others.
+# A model's noise is what rounding does to the logits of a text that is moved by single positions: each position has other angles,
+# and each model amplifies their rounding in its own way. Far away, a text may have logits that differ from those at the first
+# positions by so many standard errors of the noise. Measured at windows of 16 to 16,384 in float32, bfloat16 and float16: at most
+# 1.7 where they depend on distances only (SmolLM2, Gemma 3, all families, deep random models), 2.9 or more where they do not.
 MAX_STANDARD_ERRORS = 2.4
-# In standard deviations of the logits: a difference that is too small to matter, and the largest noise, above which the logits of
-# neighbouring positions have so little in common that nothing can be told from them.
+# In standard deviations of the logits: a difference that is too small to matter; noise that is too large to tell anything from it;
+# and how far two ways to compute one thing (a recurrence by steps or in chunks) may be apart, if not by a few times the noise.
 NEGLIGIBLE = {torch.float64: 3e-5, torch.float32: 3e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-MAX_NOISE = {torch.float64: 0.1, torch.float32: 0.1, torch.float16: 0.5, torch.bfloat16: 0.5}
-# Two ways to compute one thing (a recurrence by steps or in chunks) may differ by this, or by a few times the noise.
+MAX_NOISE = {torch.float64: 0.03, torch.float32: 0.03, torch.float16: 0.5, torch.bfloat16: 0.5}
 SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+MAX_COMPARED_LOGITS = 4096  # from all over a large vocabulary
 
-# Number of neighbouring positions at which a text is shown, at the beginning and at the largest positions.
-NUM_NEIGHBOURS = 6
-# Tokens of a text of which keys are compared, and of one that is split into passes.
-NUM_COMPARED, NUM_SPLIT = 3, 8
+NUM_NEIGHBOURS = 6  # neighbouring positions at which a text is shown, near and far
+NUM_COMPARED, NUM_SPLIT = 3, 8  # tokens of a text of which keys are compared, and of one that is split into passes
 
 # Held keys are rotated back when positions reach twice the window; but in 16 bits, where that costs a rounding, not before here:
 # the float32 angles of such positions are still many times finer than the cosines of the model.
 MIN_REBASE_IN_16_BITS = 2**14
 
-# From somewhere here on, what float32 makes of the angles of two positions may depend on where these are.
-LONGEST_USUAL_WINDOW = 2**15
-
 # float32 holds every whole number up to here. What a model computes from larger positions is not what they say.
 MAX_EXACT_POSITION = 2**24
 
-# In place of the length of a native window.
-NO_KEYS = "no keys"
-# The type of layers that attend within chunks of the text.
-CHUNKED = "chunked_attention"
-# The names under which models with recurrent layers look for the masks of layers that see all, of layers with a native window, and
-# of layers that have to know only what is padding.
-FULL_MASKS, SLIDING_MASKS, PADDING_MASKS = (
-    ("full_attention", "hybrid"),
-    ("sliding_attention", "hybrid_sliding"),
-    ("linear_attention", "conv"),
-)
-
-# The rules that a model may stand against, as refusals name them.
+NO_KEYS = "no keys"  # in place of the length of a native window
+CHUNKED = "chunked_attention"  # the type of layers that attend within chunks of the text
+# The rules, as refusals name them.
 EXACT = "the sinks are moved as the model itself encodes their new positions"
 SHIFT = "logits do not depend on how many tokens have gone by"
 FEEDING = "logits do not depend on how a text is fed"
@@ -173,17 +99,17 @@ def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
 def _warn(model: torch.nn.Module, window_length: int, traits: ModelTraits, known: dict) -> None:
     """Say once for each model what its user should know. `known`: the traits found before."""
     name = type(model).__name__
-    trained_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or window_length
-    if window_length > trained_length and all(length <= trained_length for length, *_ in known):
+    trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or window_length
+    if window_length > trained and all(length <= trained for length, *_ in known):
         logger.warning(
-            f"window_length={window_length} is longer than the {trained_length} positions that {name} was trained with "
-            "(max_position_embeddings): it may write nonsense once it sees more tokens than that. A shorter window would not."
+            f"window_length={window_length} is longer than the {trained} positions that {name} was trained with "
+            "(max_position_embeddings). What it writes once it sees more tokens than that may be nonsense."
         )
     if not traits.splits_exactly and not known:
         logger.warning(
-            f"{name} computes a pass of several tokens in another way than passes of single tokens: its recurrent layers limit "
-            "their time steps in the former only (time_step_limit or time_step_min), or round them otherwise. So its logits depend on "
-            "how a text is fed. SinkCache feeds it as transformers' own generate does: the prompt together, new tokens one by one."
+            f"{name} computes a pass of several tokens in another way than passes of single ones (transformers limits the time "
+            "steps of its recurrent layers in the former only), so its logits depend on how a text is fed. SinkCache feeds it as "
+            "transformers' own generate does: the prompt together, new tokens one by one."
         )
 
 
@@ -242,34 +168,36 @@ class Probe:
         self.is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in own)
         self.is_indexed = any(isinstance(layer, IndexedLayer) for layer in own)
         # Indexers take one mask for all layers, and none by type, before 5.14.
-        self.takes_one_mask = self.is_indexed and len(set(self.layer_types or ())) <= 1
-        self.takes_masks_by_type = not (self.has_old_masks or self.takes_one_mask)
+        takes_one_mask = self.is_indexed and len(set(self.layer_types or ())) <= 1
+        self.takes_masks_by_type = not (self.has_old_masks or takes_one_mask)
         self.positions = self._positions()
         # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
         needs_own = self.is_recurrent or self.is_indexed or any(isinstance(layer, DummyLayer) for layer in own)
         with self._looking():
             self.texts = self._texts()
-            self.cache = own_cache(self.config) if needs_own else DynamicCache()
-            self.logits = self._ask(self.cache, slice(0, NUM_COMPARED), self._mask())
+            self.cache = DynamicCache(config=self.config) if needs_own else DynamicCache()
+            # Without a mask, models with indexers take the position of a query for its slot, before 5.17.
+            shape = 1, 1, NUM_COMPARED, NUM_COMPARED
+            mask = torch.full(shape, torch.finfo(self.dtype).min, dtype=self.dtype).triu(1) if takes_one_mask else None
+            self.logits = self._ask(self.cache, slice(0, NUM_COMPARED), mask)
 
     def _check_old_models(self) -> None:
         if self.has_old_masks and any(getattr(module, "is_sliding", False) for module in self.model.modules()):
-            raise self._refusal("its layers change the mask they are given. In newer releases of transformers they don't", BOUNDED)
+            raise self._refusal("its layers change the mask they are given. In newer releases they don't", BOUNDED)
         if any(hasattr(module, "_cached_keys") for module in self.model.modules()):  # GLM MoE DSA, until 5.10
             reason = "its layers hold keys of their own outside of the cache. With transformers 5.11 or newer they don't"
             raise self._refusal(reason, BOUNDED)
 
     def _rebase_at(self) -> int:
-        if 2 * self.window_length > MAX_EXACT_POSITION:
-            reason = f"it can't tell positions up to {2 * self.window_length} apart, which such a window needs: try a shorter one"
-            raise self._refusal(reason, SHIFT)
-        if self.max_positions is not None and 2 * self.window_length > self.max_positions:
-            raise ValueError(
-                f"window_length={self.window_length} is too long for {self.name}: what it computes of positions changes or ends at "
-                f"position {self.max_positions}, and the cache needs positions up to twice the window. Use a window_length of at most "
-                f"{self.max_positions // 2}."
+        length = 2 * self.window_length
+        if length > MAX_EXACT_POSITION:
+            raise self._refusal(f"it can't tell positions up to {length} apart, which it needs: try a shorter one", SHIFT)
+        if self.max_positions is not None and length > self.max_positions:
+            raise self._too_long(
+                f": what it computes of positions changes or ends at position {self.max_positions}, and the cache needs positions "
+                f"up to twice the window. Use a window_length of at most {self.max_positions // 2}."
             )
-        rebase_at = max(2 * self.window_length, MIN_REBASE_IN_16_BITS if self.dtype.itemsize == 2 else 0)
+        rebase_at = max(length, MIN_REBASE_IN_16_BITS if self.dtype.itemsize == 2 else 0)
         return min(rebase_at, self.max_positions or rebase_at)
 
     def _positions(self) -> torch.Tensor:
@@ -283,23 +211,18 @@ class Probe:
     def _texts(self) -> torch.Tensor:
         """Six texts `[texts, tokens]`, of tokens from all over the vocabulary."""
         embeddings = self.model.get_input_embeddings()
-        vocab_size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]  # ZeRO-3 leaves a weight of no rows
+        # ZeRO-3 leaves a weight of no rows.
+        vocab_size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
         starts = torch.tensor([[3, 3, 6], [6, 6, 3], [3, 3, 5], [2, 2, 7], [1, 1, 4], [7, 7, 1]]) * vocab_size // 9
         rest = torch.arange(6)[:, None] * 5 + torch.arange(NUM_SPLIT - NUM_COMPARED) * 7 + 2
         return torch.cat([starts, rest * vocab_size // 61], dim=1)
-
-    def _mask(self) -> torch.Tensor | None:
-        """Without one, models with indexers take the position of a query for its slot, before 5.17."""
-        if not self.takes_one_mask:
-            return None
-        shape = 1, 1, NUM_COMPARED, NUM_COMPARED
-        return torch.full(shape, torch.finfo(self.dtype).min, dtype=self.dtype).triu(1)
 
     def layers(self) -> tuple[LayerTraits | None, ...]:
         """What there is to know of each layer: how its keys move, and its shapes."""
         cached = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in self.cache.layers]
         holds_keys = [window != NO_KEYS for window in self.native_windows]
-        if not any(holds_keys) or len(cached) != len(holds_keys) or any(c[0] is None for c, h in zip(cached, holds_keys) if h):
+        are_missing = [holds and keys is None for holds, (keys, _) in zip(holds_keys, cached)]
+        if not any(holds_keys) or len(cached) != len(holds_keys) or any(are_missing):
             raise self._refusal("attention layers do not put their keys and values into its cache", BOUNDED)
         tables = inverse_frequencies(self.model, self.config)
         traits = []
@@ -318,10 +241,10 @@ class Probe:
 
     def recurrent_states(self) -> dict[int, dict[str, torch.Tensor]]:
         """What the layers hold beside keys and values, without the rows."""
-        layers = enumerate(self.cache.layers) if self.is_recurrent else ()
-        layers = {index: layer for index, layer in layers if isinstance(layer, LinearAttentionLayer)}
         return {
-            index: {name: state[:0].clone() for name, state in named_states(layer).items()} for index, layer in layers.items()
+            index: {name: state[:0].clone() for name, state in named_states(layer).items()}
+            for index, layer in enumerate(self.cache.layers)
+            if isinstance(layer, LinearAttentionLayer)
         }
 
     def check_that_no_token_sees_later_ones(self) -> None:
@@ -336,33 +259,34 @@ class Probe:
 
     def check_that_logits_depend_on_distances_only(self) -> None:
         """The same text at large positions has the logits that it has at small ones, but for the model's own noise."""
-        logits = self._by_position(self.logits[:, -1]).float()
-        difference = (logits[:, -NUM_NEIGHBOURS:].mean(1) - logits[:, :NUM_NEIGHBOURS].mean(1)).square().mean(-1).sqrt()
-        noise, scale = self._noise(), logits.std()
-        standard_error = noise * (2 / NUM_NEIGHBOURS) ** 0.5
+        near, far = self.logits[:, :NUM_NEIGHBOURS].mean(1), self.logits[:, -NUM_NEIGHBOURS:].mean(1)
+        difference, noise, scale = rms(far - near), self._noise(), self.logits.std()
         if median(difference) <= NEGLIGIBLE[self.dtype] * scale:
             return
-        is_noise = median(difference / standard_error) <= MAX_STANDARD_ERRORS and median(noise) <= MAX_NOISE[self.dtype] * scale
-        if not is_noise:
+        if median(difference / noise) * (NUM_NEIGHBOURS / 2) ** 0.5 > MAX_STANDARD_ERRORS:
             raise self._refusal("its logits depend on where a text stands, not only on distances", SHIFT)
+        if median(noise) > MAX_NOISE[self.dtype] * scale:
+            reason = f"they change by {median(noise) / scale:.2g} standard deviations from one position to the next"
+            raise self._refusal(f"its logits depend on where a text stands, if only by rounding: {reason}", SHIFT)
 
     def check_that_texts_can_be_split(self) -> tuple[frozenset[int], bool]:
-        """Returns the recurrent layers that can be seen to be reached by a pass, and whether single tokens are computed as several are."""
-        cache = own_cache(self.config, NotingCache)
+        """Returns the recurrent layers that a pass can be seen to reach, and whether single tokens are computed as several."""
+        cache = NotingCache(config=self.config)
         try:
             self._ask(cache, slice(0, 1), dict.fromkeys((*FULL_MASKS, *SLIDING_MASKS, *PADDING_MASKS)))
         except Exception as error:
-            raise self._refusal("this release takes no masks for its recurrent and other layers: try a newer one", FEEDING) from error
+            reason = "this release takes no masks for its recurrent and other layers: try a newer one"
+            raise self._refusal(reason, FEEDING) from error
         noted, cache.layers_reached = cache.layers_reached, set()
         self._ask(cache, slice(1, 3))
         noted = frozenset(noted & cache.layers_reached)
         whole = self._split_into(NUM_SPLIT)
         if self._differ(self._split_into(NUM_SPLIT // 2, NUM_SPLIT // 2), whole):
-            reason = "its logits depend on how a text is split into passes: its recurrent layers forget their state in a pass of several tokens"
-            raise self._refusal(reason, FEEDING)
-        # Single tokens after a pass, and a pass after single tokens. Steps that are limited may differ by less than rounding here.
+            reason = "its recurrent layers forget their state in a pass of several tokens"
+            raise self._refusal(f"its logits depend on how a text is split into passes: {reason}", FEEDING)
+        # Single tokens after a pass, and a pass after single tokens.
         differ = self._differ(self._split_into(2, 1, 1, 1, 1, 2), whole)
-        return noted, not (differ or limits_time_steps(self.model))
+        return noted, not (differ or limits_time_steps(self.model))  # rounding may hide the limits in so few tokens
 
     def check_that_order_does_not_count(self) -> None:
         """One token more, on the keys as they are and in reverse."""
@@ -371,7 +295,7 @@ class Probe:
             if native_window != NO_KEYS:
                 layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
         last = slice(NUM_COMPARED - 1, NUM_COMPARED)
-        if self._differ(self._ask(flipped, last)[:, -1], self._ask(self.cache, last)[:, -1]):
+        if self._differ(self._ask(flipped, last), self._ask(self.cache, last)):
             raise self._refusal("its scores depend on the order in which keys are cached", FEEDING)
 
     def check_lengths(self, has_rotation: bool) -> None:
@@ -386,10 +310,10 @@ class Probe:
         for option, reason in limits.items():
             length = getattr(self.config, option, None)
             if length is not None and self.window_length > length:
-                raise ValueError(f"window_length={self.window_length} is too long for {self.name} ({option}={length}): {reason}.")
+                raise self._too_long(f" ({option}={length}): {reason}.")
 
     def _ask(self, cache: DynamicCache, columns: slice, masks: dict | torch.Tensor | None = None) -> torch.Tensor:
-        """Logits `[texts * positions, 1 or columns, vocab]` of these columns of the texts, which go into the cache."""
+        """Logits `[texts, positions, vocab]` of the last of these columns of the texts, which go into the cache."""
         inputs = {
             "input_ids": self.texts.repeat_interleave(len(self.positions), dim=0)[:, columns],
             "position_ids": (self.positions.repeat(len(self.texts))[:, None] + torch.arange(NUM_SPLIT))[:, columns],
@@ -399,27 +323,28 @@ class Probe:
             "logits_to_keep": 1,
         }
         inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-        return self.model(**{name: value for name, value in inputs.items() if name in self.accepted}).logits
+        logits = self.model(**{name: value for name, value in inputs.items() if name in self.accepted}).logits[:, -1]
+        step = max(logits.shape[-1] // MAX_COMPARED_LOGITS, 1)
+        return self._by_position(logits[:, ::step].float())
 
     def _split_into(self, *sizes: int) -> torch.Tensor:
-        """Logits `[texts * positions, vocab]` of the last token of the texts, fed in passes of these sizes."""
-        cache, start = own_cache(self.config), 0
+        """Logits `[texts, positions, vocab]` of the last token of the texts, fed in passes of these sizes."""
+        cache, start = DynamicCache(config=self.config), 0
         for size in sizes:
             logits = self._ask(cache, slice(start, start + size))
             start += size
-        return logits[:, -1]
+        return logits
 
     def _by_position(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(0, (len(self.texts), len(self.positions)))
 
     def _noise(self) -> torch.Tensor:
         """The standard deviation of the logits of each text at neighbouring large positions."""
-        return self._by_position(self.logits[:, -1]).float()[:, -NUM_NEIGHBOURS:].var(1).mean(-1).sqrt()
+        return rms(self.logits[:, -NUM_NEIGHBOURS:].std(1))
 
     def _differ(self, logits: torch.Tensor, reference: torch.Tensor) -> bool:
-        """Whether logits `[texts * positions, vocab]`, computed in two ways, differ by more than rounding."""
-        difference = self._by_position((logits - reference).float()).mean(1).square().mean(-1).sqrt()
-        return median(difference) > max(SAME[self.dtype] * reference.float().std(), 5 * median(self._noise()))
+        """Whether logits `[texts, positions, vocab]`, computed in two ways, differ by more than rounding."""
+        return median(rms((logits - reference).mean(1))) > max(SAME[self.dtype] * reference.std(), 5 * median(self._noise()))
 
     def _rotation(self, index: int, states: torch.Tensor, tables: list[torch.Tensor]) -> Rotation:
         """The rotation that explains the states `[texts * positions, heads, 3, head_dim]` of a layer."""
@@ -465,11 +390,17 @@ class Probe:
             reason = f"a first look at how it caches keys failed ({type(error).__name__}: {error})"
             raise self._refusal(reason, BOUNDED) from error
 
+    def _too_long(self, why: str) -> ValueError:
+        return ValueError(f"window_length={self.window_length} is too long for {self.name}{why}")
+
     def _refusal(self, reason: str, rule: str) -> ValueError:
-        if self.window_length > LONGEST_USUAL_WINDOW and "try a shorter one" not in reason:
-            reason += f" (Or it can't tell positions up to {2 * self.window_length} apart, which such a window needs: try a shorter one)"
         opening = f"SinkCache can't keep its rules for {self.name} with window_length={self.window_length}"
         return ValueError(f"{opening}: {reason}. The rule that this would break: {rule}.")
+
+
+def rms(values: torch.Tensor) -> torch.Tensor:
+    """Root mean square over the last dimension."""
+    return values.square().mean(-1).sqrt()
 
 
 def median(values: torch.Tensor) -> float:

@@ -3,7 +3,7 @@
 import torch
 
 from .layers import SinkLayer, selected
-from .plan import Pass
+from .plan import Pass, Plan
 from .probe import ModelTraits
 from .releases import LinearAttentionLayer, has_previous_state, named_states, own_layers, restore_recurrent
 
@@ -30,7 +30,11 @@ class RecurrentSinkLayer(SinkLayer, RecurrentLayer):
     is_croppable = False
 
     def __init__(self, layer: SinkLayer, own: LinearAttentionLayer):
-        vars(self).update(vars(own) | vars(layer))
+        vars(self).update(vars(own) | vars(layer) | {"sink_layer": layer})
+
+    @property
+    def plan(self) -> Plan:
+        return self.sink_layer.plan
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         RecurrentLayer.lazy_initialization(self, *args, **kwargs)

@@ -1,7 +1,7 @@
 """Every difference between releases of transformers and torch, and nothing else. The oldest release is transformers 4.57.
 
-A release is recognised by what it has, not by its number, so that the next release has a chance to just work. What transformers passes
-to methods of a cache in one form or another (`update`, `get_mask_sizes`, `crop`) is taken in either form by the method itself.
+A release is recognised by what it has, not by its number, so that the next release has a chance to just work. What transformers
+passes to methods of a cache in one form or another (`update`, `get_mask_sizes`, `crop`) is taken in either form by the method.
 """
 
 import inspect
@@ -34,9 +34,6 @@ def cache_name(accepted) -> str:
     return next((name for name in CACHE_NAMES if name in accepted), CACHE_NAME)
 
 
-# Classes of cache layers
-
-
 def layer_class(name: str) -> type:
     """A class of cache layers; an empty class, of which nothing is an instance, where the release does not have it."""
     return getattr(cache_utils, name, None) or type(name, (), {})
@@ -50,43 +47,34 @@ FULL_ATTENTION = layer_class("DynamicLayer"), layer_class("LinearAttentionAndFul
 SLIDING_ATTENTION = DynamicSlidingWindowLayer, layer_class("LinearAttentionAndSlidingWindowAttentionLayer")
 
 
-def own_cache(config, kind: type[DynamicCache] = DynamicCache) -> DynamicCache:
-    """The cache that the model's own `generate` would make."""
-    return kind(config=config)
-
-
 def own_layers(config) -> list:
     """The layers of the cache that the model's own `generate` would make, new."""
-    return own_cache(config).layers
-
-
-# Recurrent and convolutional states
+    return DynamicCache(config=config).layers
 
 
 class NotesRecurrentLayers:
-    """A cache that records, in `layers_reached`, the index of each recurrent layer whose state was read or written in this pass."""
+    """A cache that records in `layers_reached` the index of each recurrent layer whose state was read or written in this pass."""
 
     layers_reached: set[int]
 
-    def get_conv_state(self, layer_idx: int, *args, **kwargs):
+    def get_conv_state(self, layer_idx, *args, **kwargs):
         self.layers_reached.add(layer_idx)
         return super().get_conv_state(layer_idx, *args, **kwargs)
 
-    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+    def update_conv_state(self, conv_states, layer_idx, *args, **kwargs):
         self.layers_reached.add(layer_idx)
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
-    def get_recurrent_state(self, layer_idx: int, *args, **kwargs):
+    def get_recurrent_state(self, layer_idx, *args, **kwargs):
         self.layers_reached.add(layer_idx)
         return super().get_recurrent_state(layer_idx, *args, **kwargs)
 
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+    def update_recurrent_state(self, recurrent_states, layer_idx, *args, **kwargs):
         self.layers_reached.add(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
-    def has_previous_state(self, layer_idx: int | None = None, *args, **kwargs) -> bool:
-        if layer_idx is not None:
-            self.layers_reached.add(layer_idx)
+    def has_previous_state(self, layer_idx=None, *args, **kwargs):
+        self.layers_reached |= set() if layer_idx is None else {layer_idx}
         return super().has_previous_state(layer_idx, *args, **kwargs)
 
 
@@ -117,7 +105,7 @@ def has_previous_state(layer) -> list[bool]:
 
 
 def restore_recurrent(layer, states: dict[str, torch.Tensor], flags: list[bool]) -> None:
-    """Put named states, and what `has_previous_state` said of them, into a new layer of transformers, which allocates them by itself."""
+    """Put named states, and what `has_previous_state` said of them, into a new layer of transformers."""
     for name, state in states.items():
         kind, key = name.split(".")
         has_several = isinstance(getattr(layer, kind), dict)
@@ -129,27 +117,22 @@ def restore_recurrent(layer, states: dict[str, torch.Tensor], flags: list[bool])
         (layer.has_previous_state,) = flags
 
 
-# Models
-
-
 def makes_masks_itself(model: torch.nn.Module) -> bool:
-    """Whether this is a model of the old kind (the last ones are in 5.1), which does not leave masks to transformers.
-
-    It takes one mask for all layers, with floats that are added to the scores. A mask that it makes by itself covers the whole text.
-    """
+    """Whether this is a model of the old kind (Bloom, DBRX and others until 5.1), which does not leave masks to transformers: it
+    takes one mask for all layers, with floats that are added to the scores, and a mask of its own covers the whole text."""
     return any(hasattr(module, "_update_causal_mask") for module in model.modules())
 
 
 def stop_counting(view: torch.nn.Module) -> None:
-    """Before 5.4, `generate` computes from the lengths of `input_ids` and of the text seen which tokens are new, and fails if the prompt
-    is the shorter one. Nothing reads the positions that it makes of them, so a single one will do."""
+    """Before 5.4, `generate` computes from the lengths of `input_ids` and of the text seen which tokens are new, and fails if the
+    prompt is the shorter one. Nothing reads the positions that it makes of them, so a single one will do."""
     if hasattr(view, "_get_initial_cache_position"):
 
         def get_initial_cache_position(length, device, model_kwargs):
             model_kwargs["cache_position"] = torch.ones(1, dtype=torch.long, device=device)
             return model_kwargs
 
-        view._get_initial_cache_position = get_initial_cache_position
+        vars(view)["_get_initial_cache_position"] = get_initial_cache_position
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
@@ -182,8 +165,8 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 def check_prompt_learning(model: torch.nn.Module) -> None:
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(
-            f"SinkCache can't serve {type(model).__name__} with {model.active_peft_config.peft_type.value}: its virtual tokens would "
-            "pass by the cache, which could neither count nor hold them. Adapters that change weights (LoRA and the like) work."
+            f"SinkCache can't serve {type(model).__name__} with {model.active_peft_config.peft_type.value}: its virtual tokens "
+            "would pass by the cache, which could neither count nor hold them. Adapters that change weights (LoRA) work."
         )
 
 
@@ -202,9 +185,9 @@ def shallow_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def uncompiled_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """The model without torch.compile, sharing all else: prompt chunks have many shapes, and compiling each costs more than it saves."""
+    """The model without torch.compile: prompt chunks have many shapes, and compiling each costs more than it saves."""
     view = shallow_copy(model)
-    view._compiled_call_impl = None  # model.compile()
+    vars(view)["_compiled_call_impl"] = None  # model.compile()
     forward = getattr(model.forward, "_torchdynamo_orig_callable", None)  # model.forward = torch.compile(model.forward)
     if forward is not None:
         view.forward = forward

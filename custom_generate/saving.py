@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .quantized import Quantization
+from .quantization import Quantization
 from .recurrent import RecurrentStates
 from .releases import has_previous_state, num_states, restore_recurrent
 from .stream import KINDS, Stream

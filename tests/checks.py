@@ -5,14 +5,14 @@ import importlib.util
 
 import pytest
 import torch
-from families import TRANSFORMERS, VOCAB_SIZE
-from oracle import TOLERANCE
 from packaging.version import Version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from zoo import build_zoo_model
 
 from custom_generate.generate import SinkCache
 from custom_generate.releases import LinearAttentionLayer
+from families import TRANSFORMERS, VOCAB_SIZE
+from oracle import TOLERANCE
+from zoo import build_zoo_model
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}

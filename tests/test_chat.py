@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import chat
 import pytest
 import torch
-from families import TRANSFORMERS
 from packaging.version import Version
-from test_readme import CHAT_TEMPLATE
 
+import chat
 from custom_generate.generate import SinkCache
+from families import TRANSFORMERS
+from test_readme import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}

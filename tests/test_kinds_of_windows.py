@@ -12,6 +12,7 @@ import copy
 
 import pytest
 import torch
+
 from checks import (
     NUM_SINK_TOKENS,
     WINDOW,
@@ -25,15 +26,14 @@ from checks import (
     random_ids,
     rings_of,
 )
-from families import EAGER_ONLY, ORDERED, build_model
-from oracle import TOLERANCE, oracle_logits
-from test_assisted import assistant_like
-
 from custom_generate.generate import SinkCache, generate
 from custom_generate.offloaded import OffloadedRing
 from custom_generate.options import OFFLOADED
 from custom_generate.quantized import Quantization
 from custom_generate.releases import CACHE_NAME
+from families import EAGER_ONLY, ORDERED, build_model
+from oracle import TOLERANCE, oracle_logits
+from test_assisted import assistant_like
 
 MODEL = "qwen3"
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import transformers
+from packaging import version
+
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
+from custom_generate.generate import SinkCache, generate
 from families import TRANSFORMERS
 from oracle import oracle_logits
-from packaging import version
 from zoo import ZOO_RELEASE, _tiny_config
-
-from custom_generate.generate import SinkCache, generate
 
 pytestmark = pytest.mark.skipif(TRANSFORMERS < version.parse(ZOO_RELEASE), reason="tiny models for the newest release only")
 

@@ -1,7 +1,8 @@
 """The list of mistakes that the tests have to notice: it is about the code as it is."""
 
-import mutation_check
 import pytest
+
+import mutation_check
 
 SOURCE = (mutation_check.ROOT / mutation_check.SOURCE).read_text(encoding="utf-8")
 

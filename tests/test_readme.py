@@ -17,12 +17,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-import evaluate
 import pytest
 import transformers
 import yaml
 from packaging.version import Version
 
+import evaluate
 from custom_generate.feed import DEFAULT_PREFILL_CHUNK_SIZES
 from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, generate
 from custom_generate.options import UNSUPPORTED_OPTIONS
