@@ -289,6 +289,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             return
         if stream.done is not None:
             stream.settle()
+        if self.traits.is_recurrent:
+            self.recurrent.end_gradients()
         if (stream.current is not None or self.traits.is_recurrent) and self._is_interrupted and not is_reset:
             raise ValueError(
                 f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already let go of "

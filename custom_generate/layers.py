@@ -258,6 +258,15 @@ class SinkLayer(CacheLayerMixin):
             key_states, value_states = plan.joined(key_states), plan.joined(value_states)
         return keys.update(plan, key_states), values.update(plan, value_states)
 
+    @property
+    def record_past(self) -> bool:
+        """Whether what a pass evicts is kept. transformers switches it off layer by layer."""
+        return self.stream.is_recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.stream.is_recording = value
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing has to be done."""
 

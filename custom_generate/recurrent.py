@@ -1,6 +1,9 @@
 """Layers that have a recurrent or convolutional state, alone or beside keys and values. The states are those of transformers."""
 
+import contextlib
+
 import torch
+from transformers.utils import is_torchdynamo_compiling
 
 from .layers import SinkLayer, selected
 from .plan import Pass, Plan
@@ -14,12 +17,15 @@ class RecurrentLayer(LinearAttentionLayer):
     def __init__(self, own: LinearAttentionLayer):
         vars(self).update(vars(own))
 
-    @torch.inference_mode()  # the model may have made its states there
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """Make room for a state in which it can be changed in any mode. (A graph that is being captured can't leave its mode.)"""
+        with contextlib.nullcontext() if is_torchdynamo_compiling() else torch.inference_mode(False):
+            super().lazy_initialization(*args, **kwargs)
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         states = named_states(self).values()
         if any(len(state) != len(beam_idx) for state in states):
-            with torch.inference_mode(False):
-                return super().reorder_cache(beam_idx)
+            return super().reorder_cache(beam_idx)
         for state in states:
             selected(state, beam_idx.to(state.device))
 
@@ -96,6 +102,12 @@ class RecurrentStates:
                 "none, or generate with custom_generate, which does."
             )
 
+    def end_gradients(self) -> None:
+        """What is held has no history, or a graph would grow with the text."""
+        for state in self.tensors.values():
+            if state.requires_grad:
+                state.detach_()
+
     def begin(self, current: Pass) -> None:
         """Keep the states of idle rows."""
         rows = [row for row in range(current.batch_size) if current.num_new[row % len(current.num_new)] == 0]
@@ -104,7 +116,6 @@ class RecurrentStates:
         self.idle = [(index, name, rows, state[rows]) for index, name, state in named]
 
     def put_back_idle(self) -> None:
-        with torch.inference_mode():  # the model may have made its states there
-            for index, name, rows, states in self.idle:
-                named_states(self.layers[index])[name][rows] = states
+        for index, name, rows, states in self.idle:
+            named_states(self.layers[index])[name][rows] = states
         self.idle = []
