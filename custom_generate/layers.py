@@ -293,8 +293,8 @@ def selected(states: torch.Tensor, index: torch.Tensor, dim: int = 0) -> torch.T
 
 
 def undone(log: list[tuple], num_tokens: list[int]):
-    """What is put back if only the first `num_tokens` of each row stand, the last pass first: rows and slots, which entries of a pass
-    these are, and what all its entries have overwritten."""
+    """What is put back if only the first `num_tokens` of each row stand, the last pass first: rows and slots, which entries of a
+    pass these are, and what all its entries have overwritten."""
     for (rows, slots, tokens), overwritten in reversed(log):
         first = torch.tensor(num_tokens, device=tokens.device)
         is_undone = tokens >= (first if len(first) == 1 else first[rows])
