@@ -41,10 +41,11 @@ from .guidance import Guidance, with_processors
 from .history import unseen_part
 from .inputs import ModelInputs
 from .layers import SinkLayer
+from .models import check_is_decoder, check_mode
 from .offloaded import OffloadedStream
 from .options import Call
 from .plan import Pass
-from .probe import check_is_decoder, check_mode, model_traits
+from .probe import model_traits
 from .prompt import whole_prompt
 from .quantization import Quantization
 from .quantized import QuantizedStream
