@@ -136,8 +136,14 @@ def check_pass(current: Pass, traits: ModelTraits, window_length: int, evicts: b
             )
 
 
-def check_unprepared(traits: ModelTraits, stream, num_columns: int) -> None:
+def check_unprepared(traits: ModelTraits, stream, num_columns: int, num_rows: int = 1) -> None:
     """Refuse a pass whose positions and masks the model makes by itself, where these would be wrong."""
+    if num_rows > 1:
+        raise ValueError(
+            f"Without `prepare`, several rows (here {num_rows}) can't be served: this cache can't tell padding of a batch from "
+            "its tokens, and padding would become the sinks. Call model(**cache.prepare(input_ids, attention_mask)), or "
+            "generate with custom_generate."
+        )
     num_after = max(stream.num_tokens) + num_columns
     length = min(layer.window.length for layer in stream.layers.values())
     max_positions = min(traits.max_positions or MAX_EXACT_POSITION, MAX_EXACT_POSITION)

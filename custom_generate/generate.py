@@ -40,7 +40,6 @@ from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
 from .history import unseen_part
 from .inputs import ModelInputs
-from .layers import SinkLayer
 from .models import check_is_decoder, check_mode
 from .offloaded import OffloadedStream
 from .options import Call
@@ -53,7 +52,7 @@ from .reading import ReadableCache
 from .recurrent import RecurrentStates, layers_of_model
 from .releases import CACHE_NAME, NotesRecurrentLayers, unwrapped
 from .rotation import Rotation  # noqa: F401
-from .saving import Saved, settings_of
+from .saving import load_cache, save_cache
 from .static import StaticStream
 from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
@@ -147,7 +146,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         check_attention(model)
         check_mode(model)
         if self.traits is not None:
-            check_same(model, self._model(), *self._bound_as)
+            check_same(model, self.model(), *self._bound_as)
             return
         traits = model_traits(model, self.window_length)
         kind = StaticStream if self.is_static else OffloadedStream if self.is_offloaded else Stream
@@ -156,7 +155,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         stream = kind(self.window, {index: layer for index, layer in enumerate(traits.layers) if layer is not None})
         check_model(model, traits, {index: layer.window for index, layer in stream.layers.items()}, self.is_static)
         self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, traits, stream)
-        self._model, self._bound_as = weakref.ref(model), (model.dtype, model.device)
+        self.model, self._bound_as = weakref.ref(model), (model.dtype, model.device)
         self._make_layers()
 
     def _make_layers(self) -> None:
@@ -217,7 +216,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         """The first layer is reached: by the pass that was prepared, or by a pass that the model begins by itself."""
         stream = self.stream
         if stream.current is None or stream.has_begun:
-            self._begin_unprepared(key_states.shape[0], key_states.shape[2])
+            check_unprepared(self.traits, stream, key_states.shape[2], key_states.shape[0])
+            self._begin(key_states.shape[0], key_states.shape[2], [key_states.shape[2]], is_prepared=False)
         current = stream.current
         num_rows = current.batch_size * current.num_parts
         if key_states.shape[2] != current.part_length or key_states.shape[0] != num_rows:
@@ -227,21 +227,11 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             )
         stream.has_begun = True
 
-    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """What a layer calls behind `update` to choose what it attends to. `[batch, num_columns, dim]` in, `[batch, kv_length,
-        dim]` out.
-
-        It may choose as many keys as the window holds, and so takes all that are visible, whatever they look like to it: none is
-        kept.
-        """
-        batch_size, _, dim = indexer_key_states.shape
-        return indexer_key_states.new_zeros(1).expand(batch_size, self.layers[layer_idx].plan.kv_length, dim)
-
     @torch.inference_mode(False)  # what is made here may be changed in any mode
     def _begin(self, batch_size: int, num_columns: int, num_new: list[int], num_parts=1, input_ids=None, is_prepared=True):
         """Decide all that a pass does. Nothing is changed before everything has been checked."""
-        self._settle()
-        stream, traits, model = self.stream, self.traits, self._model()
+        self.settle()
+        stream, traits, model = self.stream, self.traits, self.model()
         if model is not None and model.training:
             check_mode(model)
         if stream.batch_size not in (-1, batch_size):
@@ -271,18 +261,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self.unseen_token_ids = None
         stream.begin(current)
 
-    def _begin_unprepared(self, batch_size: int, num_columns: int) -> None:
-        """A pass whose positions and masks the model makes by itself, from what `get_seq_length` and `get_mask_sizes` say."""
-        if batch_size > 1:
-            raise ValueError(
-                f"Without `prepare`, several rows (here {batch_size}) can't be served: this cache can't tell padding of a batch "
-                "from its tokens, and padding would become the sinks. Call model(**cache.prepare(input_ids, attention_mask)), or "
-                "generate with custom_generate."
-            )
-        check_unprepared(self.traits, self.stream, num_columns)
-        self._begin(batch_size, num_columns, [num_columns], is_prepared=False)
-
-    def _settle(self, is_reset: bool = False) -> None:
+    def settle(self, is_reset: bool = False) -> None:
         """Before anything is changed: make the last pass part of what was seen, or give it up if it was interrupted.
 
         Raises:
@@ -297,7 +276,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             stream.settle()
         if self.traits.is_recurrent:
             self.recurrent.end_gradients()
-        if (stream.current is not None or self.traits.is_recurrent) and self._is_interrupted and not is_reset:
+        if (stream.current is not None or self.traits.is_recurrent) and self.is_interrupted and not is_reset:
             raise ValueError(
                 f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already "
                 "let go of what a second try needs. Call reset(), or go on from a copy that was made before."
@@ -308,7 +287,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             self.recurrent.put_back_idle()
 
     @property
-    def _is_interrupted(self) -> bool:
+    def is_interrupted(self) -> bool:
         """Whether the last pass has not been through all layers, and can't be repeated: true of every pass with recurrent
         states."""
         stream, current = self.stream, self.stream.current
@@ -316,31 +295,6 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             return current is not None and stream.has_begun and not current.can_be_repeated
         has_reached_all = not any(stream.num_seen) or self.traits.noted_layers <= self.layers_reached
         return current is not None or not has_reached_all
-
-    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys that a pass will be handed, for the mask that a model makes by itself.
-
-        `query_length` is a number, or the positions of the queries (before transformers 5).
-        """
-        num_columns = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
-        stream, layer = self.stream, self._layer_at(layer_idx)
-        if stream.current is not None and not stream.has_begun:
-            return layer.plan.kv_length, 0
-        check_unprepared(self.traits, stream, num_columns)
-        return min(self.num_tokens_seen + num_columns, layer.window.length), 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Where the queries of a pass stand among the keys that they are handed: at their end."""
-        stream, layer = self.stream, self._layer_at(layer_idx)
-        if stream.current is not None and not stream.has_begun:
-            return layer.plan.kv_length - stream.current.part_length
-        return min(self.num_tokens_seen, layer.window.length - 1)
-
-    def _layer_at(self, layer_idx: int) -> SinkLayer:
-        """A layer; for a layer without keys the first layer with keys, as in the caches of transformers."""
-        if self.stream is None:
-            self.require_model()
-        return self.stream.layers.get(layer_idx) or self.stream.layers[self.stream.first_layer]
 
     @contextlib.contextmanager
     def in_one_call(self):
@@ -353,7 +307,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         finally:
             if self.stream is not None:
                 self.stream.settle()
-                if self.stream.current is not None and not self._is_interrupted:
+                if self.stream.current is not None and not self.is_interrupted:
                     self.stream.give_up()
             del self._in_call
 
@@ -361,7 +315,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     def reset(self) -> None:
         """As new: no tokens, any batch size."""
-        self._settle(is_reset=True)
+        self.settle(is_reset=True)
         self.unseen_token_ids: list[int] | None = None
         self.num_padding_columns = 0
         self.layers_reached: set[int] = set()
@@ -373,7 +327,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     @torch.inference_mode(False)
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`."""
-        self._settle()
+        self.settle()
         if not self.is_initialized:
             return
         super().reorder_cache(beam_idx)
@@ -395,7 +349,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         """Keep what passes evict from now on, until `crop` says which of their tokens stand. False: no longer, and what was kept
         stands."""
         self.require_model()
-        self._settle()
+        self.settle()
         self.num_padding_columns = 0
         self.stream.is_recording = is_active
         self.stream.forget_recorded()
@@ -408,7 +362,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         Raises:
             ValueError: the tokens that those ones evicted were not recorded, or there are not so many. The cache is as before.
         """
-        self._settle()
+        self.settle()
         if self.stream is None:
             return
         stream, num_tokens = self.stream, int(num_tokens)  # since 5.14, `generate` passes a tensor
@@ -433,18 +387,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             ValueError: a pass was begun and has not reached the last layer, or the cache has no model.
             FileNotFoundError: there is no such folder.
         """
-        self.require_model()
-        self.stream.settle()
-        if self.stream.current is not None or self._is_interrupted:
-            raise ValueError(
-                "Can't save in the middle of a pass: it has not been through all layers. Save after the model's forward pass. If "
-                "it was interrupted, run it again first, model(**cache.prepare(...)), or save a copy that was made before."
-            )
-        self._settle()
-        if self._model() is None:
-            raise ValueError("Can't save a cache whose model is gone: the file has to say which model can go on from it.")
-        numbers = {"model": settings_of(self._model()), "arguments": self.arguments, "unseen_token_ids": self.unseen_token_ids}
-        Saved.of(self.stream, self.recurrent, **numbers).write(path)
+        save_cache(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: torch.nn.Module, **expected) -> "SinkCache":
@@ -459,12 +402,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
                 sides are named.
             ImportError: the package that quantizes is not installed.
         """
-        saved = Saved.read(path)
-        saved.check_made_for(model, expected)
-        cache = cls.from_model(model, **saved.arguments)
-        cache.unseen_token_ids = saved.restore(cache.stream, cache.recurrent)
-        cache.layers_reached = set(cache.traits.noted_layers)
-        return cache
+        return load_cache(cls, path, model, expected)
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
@@ -474,7 +412,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     @torch.inference_mode(False)  # the copy can be changed in any mode
     def __deepcopy__(self, memo) -> "SinkCache":
-        self._settle()
+        self.settle()
         memo |= {id(shared): shared for shared in (self.traits, self.inputs and self.inputs.config)}
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy({name: each for name, each in vars(self).items() if name != "_in_call"}, memo))

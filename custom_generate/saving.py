@@ -80,11 +80,6 @@ class Saved:
             )
         return saved
 
-    @property
-    def arguments(self) -> dict:
-        """Those with which the cache was made."""
-        return self.number("arguments")
-
     def number(self, name: str):
         if name not in self.numbers:
             raise self.refusal(f"it does not say {name}")
@@ -94,8 +89,9 @@ class Saved:
         """Refuse a cache of another kind than `expected`, or for a model with other settings."""
         for name, value in expected.items():
             value = vars(Quantization.of(value)) if name == "quantized" and value is not None else value
-            if value is not None and value != self.arguments.get(name):
-                raise self.refusal(f"{name} is {self.arguments.get(name)} in the file, and {value} was asked for")
+            there = self.number("arguments").get(name)
+            if value is not None and value != there:
+                raise self.refusal(f"{name} is {there} in the file, and {value} was asked for")
         here, there = settings_of(model), self.number("model")
         for name in here.keys() & there.keys():
             if here[name] != there[name]:
@@ -167,6 +163,32 @@ class Saved:
 
     def refusal(self, reason: str) -> ValueError:
         return ValueError(f"Can't load {os.fspath(self.path)!r} as a SinkCache: {reason}.")
+
+
+def save_cache(cache, path: str | os.PathLike) -> None:
+    """`SinkCache.save`."""
+    cache.require_model()
+    cache.stream.settle()
+    if cache.stream.current is not None or cache.is_interrupted:
+        raise ValueError(
+            "Can't save in the middle of a pass: it has not been through all layers. Save after the model's forward pass. If it "
+            "was interrupted, run it again first, model(**cache.prepare(...)), or save a copy that was made before."
+        )
+    cache.settle()
+    if cache.model() is None:
+        raise ValueError("Can't save a cache whose model is gone: the file has to say which model can go on from it.")
+    numbers = {"model": settings_of(cache.model()), "arguments": cache.arguments, "unseen_token_ids": cache.unseen_token_ids}
+    Saved.of(cache.stream, cache.recurrent, **numbers).write(path)
+
+
+def load_cache(cls, path: str | os.PathLike, model: torch.nn.Module, expected: dict):
+    """`SinkCache.load`."""
+    saved = Saved.read(path)
+    saved.check_made_for(model, expected)
+    cache = cls.from_model(model, **saved.number("arguments"))
+    cache.unseen_token_ids = saved.restore(cache.stream, cache.recurrent)
+    cache.layers_reached = set(cache.traits.noted_layers)
+    return cache
 
 
 def views_of(stream: Stream) -> dict[str, torch.Tensor]:

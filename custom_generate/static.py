@@ -6,9 +6,10 @@ graph changes from token to token. Passes over several tokens are those of `laye
 
 import torch
 
-from .layers import Ring, Sinks
+from .layers import Ring
 from .plan import Pass, Plan, as_mask
 from .rotation import rotate
+from .sinks import Sinks
 from .stream import Stream
 from .window import Window
 

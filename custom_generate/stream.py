@@ -3,9 +3,10 @@
 import torch
 from transformers.utils import is_torchdynamo_compiling
 
-from .layers import Ring, SinkLayer, Sinks
+from .layers import Ring, SinkLayer
 from .plan import Pass, Plan
 from .rotation import Rotation
+from .sinks import Sinks
 from .window import Window
 
 KINDS = ("keys", "values")
