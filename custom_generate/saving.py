@@ -73,7 +73,10 @@ class Saved:
             raise saved.refusal("it is a safetensors file that SinkCache.save has not written, such as the weights of a model")
         if metadata[:1] != "{":  # format 1 begins with a checksum
             raise saved.refusal('it has format 1. Load it with the version of sink_cache that wrote it, revision="v1"')
-        saved.numbers = json.loads(metadata)
+        try:
+            saved.numbers = json.loads(metadata)
+        except ValueError as error:
+            raise saved.refusal(f"it was changed: what it says is no JSON ({error})") from error
         if saved.number("format") != SAVED_FORMAT:
             raise saved.refusal(
                 f"it has format {saved.number('format')}, and this code reads format {SAVED_FORMAT}. Update sink_cache"

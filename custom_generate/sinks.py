@@ -38,7 +38,7 @@ class Sinks:
         """Begin with no tokens."""
         _, num_heads, _, head_dim = self.rings[0].slots.shape
         shape = 2, len(self.rings), batch_size, num_heads, self.window.num_sinks, head_dim
-        self.pristine = torch.zeros(shape, device=self.rings[0].slots.device)
+        self.pristine = torch.zeros(shape, dtype=torch.float32, device=self.rings[0].slots.device)
         self.forget()
         if batch_size > 0:
             self.cos_sin_at([0])
