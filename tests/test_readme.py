@@ -437,6 +437,12 @@ def test_modules_are_listed_in_an_order_in_which_they_can_be_read():
         assert set(re.findall(r"^from \.(\w+) import", source, re.MULTILINE)) <= {*order[:number]}, name
 
 
+def test_names_on_the_way_of_a_token_are_names_in_the_code():
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "custom_generate").glob("*.py"))
+    for name in re.findall(r"`([A-Z]\w+(?:\.\w+)?)(?:\([^`]*\))?`", TEXTS[ROOT / "docs" / "how_it_works.md"]):
+        assert re.search(rf"\b{name.rpartition('.')[2]}\b", code), name
+
+
 def test_every_script_is_listed():
     for script in (ROOT / "scripts").glob("*.py"):
         assert f"`scripts/{script.name}`" in TEXTS[ROOT / "docs" / "contributing.md"], script
