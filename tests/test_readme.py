@@ -4,6 +4,7 @@ Examples run on the tiny model in place of the models and repositories that they
 wording of a page.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -152,6 +153,11 @@ assert cache.get_seq_length() >= text.shape[1] - 1
     run([sys.executable, "-c", on_the_tiny_model(first + code, copy_of_repository)], tmp_path)
 
 
+@functools.cache
+def help_of(script: str) -> str:
+    return run([sys.executable, script, "--help"], ROOT).stdout
+
+
 @pytest.mark.parametrize("command", list(dict.fromkeys(command for page in PAGES for command in commands(page))))
 def test_every_command_runs(command, copy_of_repository):
     """Measurements run small. Where a command needs another model or the Hub, or takes hours, only its options are compared with the
@@ -164,8 +170,7 @@ def test_every_command_runs(command, copy_of_repository):
         done = run([sys.executable, script, *options], copy_of_repository, input="import os\n/stats\n")
         assert json.loads(done.stdout.strip().splitlines()[-1])
     else:
-        known = run([sys.executable, script, "--help"], copy_of_repository).stdout
-        assert all(option in known for option in options if option.startswith("--"))
+        assert all(option in help_of(script) for option in options if option.startswith("--"))
 
 
 def test_ci_runs_the_test_command_of_the_readme():
