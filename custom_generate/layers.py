@@ -48,7 +48,8 @@ class Ring:
         return self.slots[:, :, self.window.num_sinks :]
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
-        """Views of everything that a text of so many tokens has left here, to be saved or to be filled. Dimension 0 has the rows."""
+        """Views of everything that a text of so many tokens has left here, to be saved or to be filled. Dimension 0 has the
+        rows."""
         if num_tokens > self.slots.shape[2] < self.window.length:
             self.grow(num_tokens)
         return {"slots": self.slots[:, :, : min(num_tokens, self.window.length)]}
@@ -59,7 +60,8 @@ class Ring:
         self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], 0, self.slots.shape[3])
 
     def update(self, plan: Plan, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
-        """Write what is new, `[batch, heads, num_columns, head_dim]`; return what the pass is handed, `[batch, heads, kv_length, head_dim]`.
+        """Write what is new, `[batch, heads, num_columns, head_dim]`; return what the pass is handed, `[batch, heads, kv_length,
+        head_dim]`.
 
         Args:
             held: the slots before the pass, if they are kept in another form than `slots`.
@@ -118,7 +120,8 @@ class Ring:
         self.log = []
 
     def rebase(self, num_positions: torch.Tensor) -> None:
-        """Lower the positions of each row by `num_positions` `[rows, 1, 1]`: keys behind the sinks are rotated back, and rounded once."""
+        """Lower the positions of each row by `num_positions` `[rows, 1, 1]`: keys behind the sinks are rotated back, and rounded
+        once."""
         angles = self.rotation.angles(num_positions, torch.zeros_like(num_positions))
         self.recent.copy_(self.rotation.turn(self.recent.to(angles.device), angles))
         for number, (written, overwritten) in enumerate(self.log):
@@ -199,7 +202,8 @@ class Sinks:
         self.moved_by = shifts
 
     def cos_sin_at(self, shifts: list[int]) -> torch.Tensor:
-        """`cos_sin` for a number a row, `[2, rows, 1, num_sinks, head_dim]`. For rows that are alike, the next shifts are computed ahead."""
+        """`cos_sin` for a number a row, `[2, rows, 1, num_sinks, head_dim]`. For rows that are alike, the next shifts are
+        computed ahead."""
         if len(shifts) > 1:
             return self.cos_sin(torch.tensor(shifts)[:, None])
         if self._ahead is None or not 0 <= shifts[0] - self._first_ahead < NUM_SHIFTS_AHEAD:
@@ -251,12 +255,21 @@ class SinkLayer(CacheLayerMixin):
         if not key_states.dtype == value_states.dtype == keys.slots.dtype:
             raise ValueError(
                 f"The model brings keys in {key_states.dtype} and values in {value_states.dtype}, and this cache was made for "
-                f"{keys.slots.dtype}. Put the model into one dtype, model.to(dtype), in place of autocast; if that was done after "
-                "the cache was made, make a new one."
+                f"{keys.slots.dtype}. Put the model into one dtype, model.to(dtype), in place of autocast; if that was done "
+                "after the cache was made, make a new one."
             )
         if plan.num_parts > 1:
             key_states, value_states = plan.joined(key_states), plan.joined(value_states)
         return keys.update(plan, key_states), values.update(plan, value_states)
+
+    @property
+    def record_past(self) -> bool:
+        """Whether what a pass evicts is kept. transformers switches it off layer by layer."""
+        return self.stream.is_recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.stream.is_recording = value
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing has to be done."""
@@ -284,8 +297,8 @@ def selected(states: torch.Tensor, index: torch.Tensor, dim: int = 0) -> torch.T
 
 
 def undone(log: list[tuple], num_tokens: list[int]):
-    """What is put back if only the first `num_tokens` of each row stand, the last pass first: rows and slots, which entries of a pass
-    these are, and what all its entries have overwritten."""
+    """What is put back if only the first `num_tokens` of each row stand, the last pass first: rows and slots, which entries of a
+    pass these are, and what all its entries have overwritten."""
     for (rows, slots, tokens), overwritten in reversed(log):
         first = torch.tensor(num_tokens, device=tokens.device)
         is_undone = tokens >= (first if len(first) == 1 else first[rows])

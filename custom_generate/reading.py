@@ -78,8 +78,8 @@ class ReadableCache(Cache):
         current = None if self.stream is None or layer_idx is None else self.stream.current
         if current is None:
             return self.num_tokens_seen
-        if self.stream.ids_plan.is_in_tensors:  # slots before the query: a graph takes numbers for constants, and was given its positions
-            return self.window_length - 1
+        if self.stream.ids_plan.is_in_tensors:
+            return self.window_length - 1  # slots before the query: a graph takes numbers for constants
         last = max(after - start for after, start in zip(current.num_after, current.base))
         return max(last - current.num_columns, 0)
 
@@ -113,8 +113,8 @@ class ReadableCache(Cache):
 
     @property
     def takes_parts(self) -> bool:
-        """Whether the next pass may come in parts: all rows have full windows, and the model looks at nothing but positions, masks and
-        keys to tell where in its row a token is."""
+        """Whether the next pass may come in parts: all rows have full windows, and the model looks at nothing but positions,
+        masks and keys to tell where in its row a token is."""
         self.require_model()
         traits = self.traits
         is_plain = not (traits.is_recurrent or traits.is_ordered or traits.is_chunked or traits.is_indexed)

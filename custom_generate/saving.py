@@ -1,4 +1,5 @@
-"""A cache on disk: a safetensors file with its tensors and, in the metadata, its numbers as JSON. Nothing of a file is executed."""
+"""A cache on disk: a safetensors file with its tensors and, in the metadata, its numbers as JSON. Nothing of a file is
+executed."""
 
 import json
 import os
@@ -49,7 +50,8 @@ class Saved:
         if not beside.parent.is_dir():
             raise FileNotFoundError(f"Can't save to {os.fspath(path)}: there is no folder {beside.parent}. Make it first.")
         try:
-            save_file({name: tensor.clone() for name, tensor in self.tensors.items()}, beside, {"sink_cache": json.dumps(self.numbers)})
+            tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}  # some share memory
+            save_file(tensors, beside, {"sink_cache": json.dumps(self.numbers)})
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(beside, path)
@@ -97,7 +99,8 @@ class Saved:
         here, there = settings_of(model), self.number("model")
         for name in here.keys() & there.keys():
             if here[name] != there[name]:
-                raise self.refusal(f"it was made for another model: {name} is {there[name]!r:.80} in the file, and {here[name]!r:.80} here")
+                sides = f"{name} is {there[name]!r:.80} in the file, and {here[name]!r:.80} here"
+                raise self.refusal(f"it was made for another model: {sides}")
 
     def restore(self, stream: Stream, recurrent: RecurrentStates) -> list[int] | None:
         """Fill a new stream. Returns the last token returned for each row."""
@@ -106,7 +109,8 @@ class Saved:
             return None
         unseen = self.number("unseen_token_ids")
         if not all(are_counts(numbers, batch_size) for numbers in (num_seen, base, unseen or [0])) or len(num_seen) != len(base):
-            raise self.refusal(f"{batch_size!r:.50} rows that have seen {num_seen!r:.50} tokens, counted from {base!r:.50}, can't be")
+            counts = f"{num_seen!r:.50} tokens, counted from {base!r:.50}"
+            raise self.refusal(f"{batch_size!r:.50} rows that have seen {counts}, can't be")
         self._restore_recurrent(recurrent, batch_size, stream.ids.slots.device)
         self._check_rotations(stream)
         for name, tensor in self.tensors.items():  # before any memory is allocated
@@ -129,7 +133,8 @@ class Saved:
         flags = self.number("has_previous_state")
         for index, layer in recurrent.layers.items():
             prefix, flag = f"layers.{index}.recurrent.", flags.get(str(index))
-            expected = {f"{prefix}{kind}.{key}" for kind in ("conv_states", "recurrent_states") for key in range(num_states(layer))}
+            kinds = ("conv_states", "recurrent_states")
+            expected = {f"{prefix}{kind}.{key}" for kind in kinds for key in range(num_states(layer))}
             states = {name.removeprefix(prefix): self.tensors.pop(name) for name in expected & self.tensors.keys()}
             if not isinstance(flag, list) or len(flag) != num_states(layer):
                 raise self.refusal(f"layer {index} has {flag!r:.50} states in the file, and {num_states(layer)} in this model")

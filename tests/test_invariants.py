@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from packaging import version
-from stdlib_text import stdlib_text
 
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, move_ahead, random_ids, rings_of
+from common import stdlib_text
 from custom_generate import probe
 from custom_generate.generate import SinkCache
 from custom_generate.layers import NUM_SHIFTS_AHEAD

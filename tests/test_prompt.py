@@ -7,10 +7,9 @@ import torch
 from transformers import LogitsProcessor
 
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, left_padded, random_ids
+from custom_generate.generate import SinkCache, generate
 from families import build_model
 from oracle import oracle_logits
-
-from custom_generate.generate import SinkCache, generate
 
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 RECORD = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
