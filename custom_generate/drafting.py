@@ -1,7 +1,6 @@
 """Assisted decoding: a few tokens are drafted, the model checks them in one pass, and rejected tokens are taken back.
 
-The loop is that of transformers; what drafts is kept to the rules here.
-"""
+The loop is that of transformers."""
 
 import copy
 import functools
@@ -18,17 +17,12 @@ NUM_TOKENS_CUT_ANEW = 10
 
 
 class DraftFeed(Feed):
-    """A feed for drafts: from the end of the prompt on, tokens can be taken back.
+    """A feed for drafts: from the last `num_last` tokens of the prompt on, all can be taken back. The prompt has `num_columns`; a
+    draft may stand behind it from the first pass on."""
 
-    Args:
-        num_columns: columns of the whole prompt. A draft may come behind it at once.
-        num_last: tokens of the prompt that can be taken back.
-    """
-
-    def __init__(self, *args, num_columns: int, num_last: int = 1, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.num_columns, self.num_last = num_columns, num_last
-        self.has_begun = False
+    def __init__(self, *args, num_columns: int, num_last: int = 1):
+        super().__init__(*args)
+        self.num_columns, self.num_last, self.has_begun = num_columns, num_last, False
 
     def view(self) -> torch.nn.Module:
         view = super().view()
@@ -37,7 +31,7 @@ class DraftFeed(Feed):
 
     def first_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
         self.has_begun = True
-        self.cache.stop_recording()
+        self.cache.activate_past_recording(False)
         inputs = super().first_pass(input_ids, others)
         self.cache.num_padding_columns = self.num_padding_columns
         return inputs
@@ -54,7 +48,7 @@ class DraftFeed(Feed):
                 num_columns = cache.num_tokens_seen + cache.num_padding_columns
                 num_loose = min(max(num_columns - (self.sequences.shape[1] - 1), 0), num_loose)
             cache.crop(-num_loose)
-            cache.stop_recording()
+            cache.activate_past_recording(False)
         super().__exit__(*error)
 
 
@@ -62,25 +56,21 @@ def check_drafting(call: Call, cache, prompt: Prompt) -> None:
     """Refuse, before anything is run, what would come to light only in the middle of the text."""
     if prompt.name != "input_ids":
         raise ValueError("Assisted decoding can't begin with inputs_embeds: drafts are made from ids. Pass input_ids.")
-    num_rows = len(prompt.tokens) * call.num_copies
-    if num_rows > 1:
+    if (num_rows := len(prompt.tokens) * call.num_copies) > 1:
         raise ValueError(
-            f"Assisted decoding takes one text, and this would be {num_rows}, which go on by different numbers of tokens. Generate them one by "
-            "one, without beams and copies, or leave the assistance out."
+            f"Assisted decoding takes one text, and this would be {num_rows}, which go on by different numbers of tokens. "
+            "Generate them one by one, without beams and copies, or leave the assistance out."
         )
     _check_roll_back(call.model, cache)
 
 
 def _check_roll_back(model: torch.nn.Module, cache) -> None:
-    reason = None
-    if cache.traits.is_recurrent:
-        reason = "has recurrent states, from which no token can be taken back"
-    elif cache.traits.is_ordered:
+    reason = "has recurrent states, from which no token can be taken back"
+    if not cache.traits.is_recurrent:
         reason = "depends on the order of the keys, so that past the window it can't check several tokens in one pass"
-    if reason is not None:
-        raise ValueError(
-            f"Assisted decoding can't be used with {type(model).__name__}, which {reason}. Leave the assistance out."
-        )
+    if cache.traits.is_recurrent or cache.traits.is_ordered:
+        name = type(model).__name__
+        raise ValueError(f"Assisted decoding can't be used with {name}, which {reason}. Leave the assistance out.")
 
 
 def drafting_model(call: Call, cache) -> torch.nn.Module | None:
@@ -105,7 +95,7 @@ def drafting_model(call: Call, cache) -> torch.nn.Module | None:
 
 
 def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
-    """The model without its last layers, as a shallow copy. (transformers changes the config of the model itself for each draft.)"""
+    """The model without its last layers, as a shallow copy. (transformers changes the config of the model itself.)"""
     shortened, config = shallow_copy(model), copy.deepcopy(model.config)
     num_all = config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(num_layers, int) or isinstance(num_layers, bool) or not 1 <= num_layers < num_all:
@@ -131,11 +121,8 @@ def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
 
 
 class Drafter:
-    """The `generate` of a model that drafts: it goes on from what of its last draft stands, in a cache of its own.
-
-    Args:
-        num_cut_anew: how many of the tokens that stand may still change.
-    """
+    """The `generate` of a model that drafts: it goes on from what of its last draft stands, in a cache of its own. The last
+    `num_cut_anew` of the tokens that stand may still change."""
 
     def __init__(self, model: torch.nn.Module, cache, chunk_size: int | None, num_cut_anew: int):
         self.model, self.cache, self.chunk_size, self.num_cut_anew = model, cache, chunk_size, num_cut_anew

@@ -5,13 +5,20 @@ import functools
 
 import torch
 
-from .options import without_our_options
 from .doors import count_tokens
+from .options import without_our_options
 from .prompt import Prompt
-from .releases import CACHE_NAME, CACHE_NAMES, input_device, shallow_copy, stop_counting, uncompiled_copy
+from .releases import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    input_device,
+    shallow_copy,
+    stop_counting,
+    uncompiled_copy,
+)
 
-# Tokens of a prompt that go through the model in one pass: while the window is filling, once it is full, and where it is full but the
-# pass can't come in parts. There is one moved copy of the sinks for each token: with many sinks, passes are shorter.
+# Tokens of a prompt that go through the model in one pass: while the window is filling, once it is full, and where it is full but
+# the pass can't come in parts. There is one moved copy of the sinks for each token: with many sinks, passes are shorter.
 DEFAULT_PREFILL_CHUNK_SIZES = (1024, 512, 128)
 MAX_SINK_COPIES = 4 * 512
 # Arguments of a forward pass that `SinkCache.prepare` makes.
@@ -23,27 +30,23 @@ GROWING_INPUTS = ("attention_mask", "position_ids")
 class Feed:
     """Gives the model's own `generate` a view of the model whose forward passes take their inputs from here.
 
-    As a context manager it leaves a consistent cache behind, whatever happens: `sequences` is what `generate` returned, and stays None
-    if it was interrupted.
+    As a context manager it leaves a consistent cache behind, whatever happens.
 
-    Args:
+    Attributes:
         prompt: what the cache has not seen yet.
         chunk_size: tokens of the prompt in one pass; None for what is fastest.
         is_synced: other processes have passes when this one has, for as long as one of them needs any (`synced_gpus`).
-
-    Attributes:
         num_last: tokens of the prompt that `generate` begins with. None: as many as go through in one pass.
-        num_padding_columns: columns of the text of `generate` that the cache never counted: a constant, once the prompt has been fed.
+        num_padding_columns: columns of input_ids that the cache never counted: a constant, once the prompt has been fed.
         is_idle: this text has ended, and texts of other processes have not.
+        sequences: what `generate` has returned. None if it was interrupted.
     """
 
     num_last: int | None = None
 
     def __init__(self, model: torch.nn.Module, cache, prompt: Prompt | None, chunk_size: int | None, is_synced: bool = False):
         self.model, self.cache, self.prompt, self.chunk_size, self.is_synced = model, cache, prompt, chunk_size, is_synced
-        self.num_padding_columns: int | None = None
-        self.is_idle = False
-        self.sequences: torch.Tensor | None = None
+        self.num_padding_columns, self.is_idle, self.sequences = None, False, None
         self.before = cache.num_tokens_seen_by_row, cache.unseen_token_ids
 
     def __enter__(self) -> "Feed":
@@ -52,16 +55,14 @@ class Feed:
     def __exit__(self, *error) -> None:
         cache, sequences = self.cache, self.sequences
         if sequences is not None:
-            is_known = sequences.shape[1] > 0 and len(sequences) == cache.batch_size
-            cache.unseen_token_ids = sequences[:, -1].tolist() if is_known else None
+            has_last = sequences.shape[1] > 0 and len(sequences) == cache.batch_size
+            cache.unseen_token_ids = sequences[:, -1].tolist() if has_last else None
         elif cache.num_tokens_seen_by_row == self.before[0]:  # no pass has ended
             cache.unseen_token_ids = self.before[1]
 
     def view(self) -> torch.nn.Module:
-        """A shallow copy of the model that shares all of it, but takes the inputs of its forward passes from here.
-
-        The model stays as it is, whatever happens; and several threads can have views of one model.
-        """
+        """A shallow copy of the model that shares all of it, but takes the inputs of its forward passes from here. The model
+        stays as it is, whatever happens; and several threads can have views of one model."""
         model, view = self.model, shallow_copy(self.model)
         view.generation_config = without_our_options(model.generation_config)
 
@@ -71,7 +72,6 @@ class Feed:
             others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
             return others | self._inputs_of_next_pass(input_ids, others)
 
-        @functools.wraps(model._update_model_kwargs_for_generation)
         def update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs):
             kept = {name: value for name, value in model_kwargs.items() if name not in GROWING_INPUTS}
             updated = model._update_model_kwargs_for_generation(outputs, kept, *args, **kwargs)
@@ -79,7 +79,6 @@ class Feed:
                 updated["cache_position"] = updated["cache_position"][-1:]
             return updated
 
-        @functools.wraps(model._has_unfinished_sequences)
         def has_unfinished_sequences(this_peer_finished, *args, **kwargs):
             self.is_idle = self.is_synced and bool(this_peer_finished)
             return model._has_unfinished_sequences(this_peer_finished, *args, **kwargs)
@@ -93,10 +92,10 @@ class Feed:
     def _inputs_of_next_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
         device = input_device(self.model)
         if self.is_idle:
-            return idle_pass(input_ids.to(device), "input_ids")
-        if self.num_padding_columns is not None:
-            return self.cache.prepare(input_ids[:, self.num_padding_columns + self.cache.get_seq_length() :].to(device))
-        return self.first_pass(input_ids, others)
+            return _idle_pass(input_ids.to(device), "input_ids")
+        if self.num_padding_columns is None:
+            return self.first_pass(input_ids, others)
+        return self.cache.prepare(input_ids[:, self.num_padding_columns + self.cache.get_seq_length() :].to(device))
 
     def first_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
         """Feeds the prompt. Returns the inputs of its last pass, the first one of which `generate` knows."""
@@ -110,15 +109,11 @@ class Feed:
         return inputs
 
     def last_chunk(self, chunk: Prompt, input_ids: torch.Tensor) -> Prompt:
-        """What comes last, when all else of the prompt is in the cache: other kinds of feeds get ready for the text here."""
+        """The last chunk of the prompt, when all others are in the cache: other kinds of feeds prepare for the text here."""
         return chunk
 
     def all_but_last_chunk(self, others: dict) -> Prompt:
-        """Run the prompt through the model but for its last chunk, which is returned.
-
-        Args:
-            others: arguments of each pass that are not the business of the cache.
-        """
+        """Run the prompt through the model but for its last chunk, which is returned. Each pass takes `others`, too."""
         cache, rest = self.cache, self.prompt.to(input_device(self.model))
         others = {name: value for name, value in others.items() if not name.startswith("output_")}
         uncompiled = uncompiled_copy(self.model)
@@ -131,7 +126,7 @@ class Feed:
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.is_synced, device=rest.tokens.device):
                 return rest
             if is_last:
-                uncompiled(**others | idle_pass(rest.tokens, rest.name))
+                uncompiled(**others | _idle_pass(rest.tokens, rest.name))
                 continue
             size = min(size, rest.num_columns - (self.num_last or 1))
             if takes_parts and size > cache.window.part_length:
@@ -147,8 +142,7 @@ class Feed:
         return max(min(full, MAX_SINK_COPIES // max(self.cache.num_sink_tokens, 1)), undivided) if takes_parts else undivided
 
     def _num_columns_alike(self, rest: Prompt) -> int:
-        """How many columns of the rest may come in one pass. Where there are recurrent states, in a row that goes on a pass is all padding
-        or begins with a token."""
+        """How many columns may come in one pass. With recurrent states, a row that goes on is then all padding, or has none."""
         padding = []
         if self.cache.traits.is_recurrent and rest.mask is not None:
             rows = zip(self.cache.num_tokens_seen_by_row, count_tokens(rest.mask))
@@ -157,10 +151,8 @@ class Feed:
 
 
 class BeamFeed(Feed):
-    """For beams: they go on with a copy of the cache. Rows are beams there, and the cache could hold only the beams of the last step.
-
-    The cache is left with the prompt but for its last token, in as many rows as are returned.
-    """
+    """For beams, which go on with a copy of the cache: it ends as the beams of the last step, not as the returned sequences. The
+    cache itself is left with the prompt but for its last token, in as many rows as are returned."""
 
     num_last = 1
 
@@ -175,10 +167,10 @@ class BeamFeed(Feed):
         if self.sequences is not None:
             if self.cache.is_initialized:
                 self.cache.batch_repeat_interleave(len(self.sequences) // self.cache.batch_size or 1)
-            self.sequences = self.sequences[:, : self.num_columns]  # without any for embeddings, and the last token has no id then
+            self.sequences = self.sequences[:, : self.num_columns]  # no columns for embeddings: their last token has no id
         super().__exit__(*error)
 
 
-def idle_pass(tokens: torch.Tensor, name: str) -> dict:
+def _idle_pass(tokens: torch.Tensor, name: str) -> dict:
     """A pass that only keeps step: where weights are sharded (`synced_gpus`), no process can run the model alone."""
     return {name: tokens[:, -1:], "use_cache": False}

@@ -13,10 +13,8 @@ from .releases import input_device
 
 
 class Guidance(LogitsProcessor):
-    """Guides away from a second text: a negative prompt, or the last token of the prompt, and then what is generated.
-
-    The guidance of transformers lets the cache of the second text grow. Here it is a `SinkCache`, with the window of the first.
-    """
+    """Guides away from a second text: a negative prompt, or the last token of the prompt, and then what is generated. (In
+    transformers, the cache of the second text grows.)"""
 
     def __init__(self, scale: float, feed: Feed):
         self.scale, self.feed = scale, feed
@@ -31,20 +29,19 @@ class Guidance(LogitsProcessor):
         scale = call.options["guidance_scale"]
         if scale is None or scale == 1:
             return None
-        negative = Prompt(call.arguments.get("negative_prompt_ids"), call.arguments.get("negative_prompt_attention_mask"))
-        _check_guidance(call, scale, prompt, negative)
-        second = cache.empty_like()
-        if negative.tokens is not None:
+        ids, mask = call.arguments.get("negative_prompt_ids"), call.arguments.get("negative_prompt_attention_mask")
+        _check_guidance(call, scale, prompt, ids, mask)
+        second, negative = cache.empty_like(), None
+        if ids is not None:
             try:
-                negative = unseen_part(negative, second)
+                negative = unseen_part(Prompt(ids, mask), second)
             except ValueError as error:
                 raise ValueError(f"negative_prompt_ids can't be used: {error}") from None
-            if len(negative.tokens) != len(prompt.tokens):
-                raise ValueError(
-                    f"negative_prompt_ids has {len(negative.tokens)} rows, and the prompt has {len(prompt.tokens)}. Pass one for each."
-                )
+            if len(ids) != len(prompt.tokens):
+                rows = f"{len(ids)} rows, and the prompt has {len(prompt.tokens)}"
+                raise ValueError(f"negative_prompt_ids has {rows}. Pass one for each.")
         second.bind(call.model)
-        return cls(scale, Feed(call.model, second, None if negative.tokens is None else negative, call.chunk_size))
+        return cls(scale, Feed(call.model, second, negative, call.chunk_size))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores `[rows, vocab]` in, log-probabilities out."""
@@ -60,28 +57,28 @@ class Guidance(LogitsProcessor):
         return negative + self.scale * (scores.log_softmax(-1) - negative)
 
 
-def _check_guidance(call: Call, scale: float, prompt: Prompt, negative: Prompt) -> None:
+def _check_guidance(call: Call, scale: float, prompt: Prompt, ids, mask) -> None:
     if not isinstance(scale, int | float):
         raise ValueError(f"guidance_scale must be a number, got {scale!r} ({type(scale).__name__}).")
     for name in NOT_WITH_GUIDANCE:
         if call.options[name] not in (None, False, *NEUTRAL_VALUES.get(name, ())):
             raise ValueError(
-                f"guidance_scale={scale} can't be used with {name}: the second text would not follow where the first one goes on from "
-                "another beam or takes tokens back. Leave one of them out."
+                f"guidance_scale={scale} can't be used with {name}: the second text would not follow where the first one goes on "
+                "from another beam or takes tokens back. Leave one of them out."
             )
-    for name, value in (("negative_prompt_ids", negative.tokens), ("negative_prompt_attention_mask", negative.mask)):
+    for name, value in (("negative_prompt_ids", ids), ("negative_prompt_attention_mask", mask)):
         if value is not None and not isinstance(value, torch.Tensor):
             raise ValueError(f"{name} must be a Tensor, got {value!r:.50} ({type(value).__name__}).")
-    if negative.tokens is None and (prompt.name == "inputs_embeds" or negative.mask is not None):
-        what = "inputs_embeds have none" if negative.mask is None else "negative_prompt_attention_mask belongs to another text"
+    if ids is None and (prompt.name == "inputs_embeds" or mask is not None):
+        what = "inputs_embeds have none" if mask is None else "negative_prompt_attention_mask belongs to another text"
         raise ValueError(
-            f"guidance_scale={scale} takes the last token of the prompt for its second text, and {what}. Pass negative_prompt_ids."
+            f"guidance_scale={scale} takes the last token of the prompt for its second text, and {what}. Pass "
+            "negative_prompt_ids."
         )
 
 
 def with_processors(view: torch.nn.Module, prompt: Prompt, num_copies: int, guidance: Guidance | None) -> torch.nn.Module:
-    """A view whose logits processors begin with the guidance, and whose processors that leave out padding (`repetition_penalty`) are told
-    what is padding."""
+    """A view whose logits processors begin with the guidance, and know what is padding: `repetition_penalty` leaves it out."""
     get_processors = view._get_logits_processor
 
     @functools.wraps(get_processors)

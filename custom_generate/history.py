@@ -1,5 +1,6 @@
 """Which tokens of a prompt a cache has not seen: it is told the whole text, the end of it, or only what is new."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,12 +29,11 @@ def unseen_part(prompt: Prompt, cache, num_copies: int = 1) -> Prompt:
     only_new = num_seen > 0 and prompt.mask is not None and prompt.mask.shape == mask_of_all
     if only_new:  # the way of transformers: the new tokens, and a mask for all
         prompt = replace(prompt, mask=prompt.mask[:, -num_columns:])
-        _check_begins_with_unseen(prompt, cache.unseen_token_ids)
+        if prompt.name == "input_ids":
+            _check_begins_with_unseen(prompt, cache.unseen_token_ids or ())
     if prompt.mask is not None and prompt.mask.shape != (num_rows, num_columns):
         others = f" or, with only the new tokens of a text in input_ids, {mask_of_all}" if num_seen else ""
-        raise ValueError(
-            f"attention_mask has shape {tuple(prompt.mask.shape)}, and must have {(num_rows, num_columns)}{others}."
-        )
+        raise ValueError(f"attention_mask has shape {tuple(prompt.mask.shape)}, and must have {(num_rows, num_columns)}{others}.")
     num_tokens = [num_columns] * num_rows if prompt.mask is None else count_tokens(prompt.mask)
     if not only_new:
         num_tokens = [_num_new_tokens(prompt, cache, row, num) for row, num in enumerate(num_tokens)]
@@ -52,22 +52,20 @@ def _check_shape(prompt: Prompt) -> None:
         )
 
 
-def _check_begins_with_unseen(prompt: Prompt, unseen: list[int] | None) -> None:
-    if prompt.name == "inputs_embeds":
-        return
-    for row, last in enumerate(unseen or ()):
+def _check_begins_with_unseen(prompt: Prompt, unseen: Sequence[int]) -> None:
+    for row, last in enumerate(unseen):
         first = int(prompt.tokens[row, prompt.mask[row].long().argmax()])
         if first != last:
             raise ValueError(
-                f"The last token returned for row {row}, {last}, has not been through the model, and input_ids begins with {first} "
-                "after it. Pass sequences[:, cache.get_seq_length():] and then your new tokens."
+                f"The last token returned for row {row}, {last}, has not been through the model, and input_ids begins with "
+                f"{first} after it. Pass sequences[:, cache.get_seq_length():] and then your new tokens."
             )
 
 
 def _num_new_tokens(prompt: Prompt, cache, row: int, num_tokens: int) -> int:
     """How many of the last tokens of a row are new, if its mask says that it has so many.
 
-    A mask that was inferred says so of padding at the left. Where the cache knows the padding token as a token of the text, it is one.
+    If the mask was inferred, a padding token at the left is a token all the same where the cache knows it as a token of the text.
     """
     if cache.get_seq_length() == 0 and prompt.padding_id is None:
         return num_tokens
@@ -86,8 +84,9 @@ def _num_new_tokens(prompt: Prompt, cache, row: int, num_tokens: int) -> int:
         is_padding = ids[len(ids) - num_new :] == padding_id
         if bool(is_padding[1:].any()) or bool(is_padding[0]) and seen.unseen != padding_id:
             raise ValueError(
-                f"Row {row} has the padding token among its new tokens. No attention_mask is passed, and from pad_token_id={padding_id} it "
-                "can't be told whether that is padding or text. Pass attention_mask; torch.ones_like(input_ids) if it is text."
+                f"Row {row} has the padding token among its new tokens. No attention_mask is passed, and from pad_token_id="
+                f"{padding_id} it can't be told whether that is padding or text. Pass attention_mask; torch.ones_like(input_ids) "
+                "if it is text."
             )
     return num_new
 
@@ -118,7 +117,7 @@ class SeenRow:
         return cls(row, cache.num_tokens_seen_by_row[row], cache.window_length, first, recent, unseen)
 
     def num_new(self, num_tokens: int, ids: torch.Tensor | None) -> int | None:
-        """How many of these tokens are new if they are the whole text, the end of it, or only what is new; None if they are neither."""
+        """How many of these tokens are new: they are the whole text, the end of it, or only what is new. None if they aren't."""
         if ids is None or self.first is None:
             return num_tokens - self.num_seen if num_tokens > self.num_seen else None
         if num_tokens > self.num_seen and ids[: len(self.first)].equal(self.first) and self._ends(ids[: self.num_seen]):
@@ -146,7 +145,7 @@ class SeenRow:
         return next((num for num in lengths if self._ends(ids[:num])), 0)
 
     def lengths_with(self, padding_id: int, num_tokens: int, num_columns: int) -> set[int]:
-        """How many columns at the right of a row may be tokens, if there are `num_tokens` behind all padding tokens at its left."""
+        """How many columns at the right of a row may be tokens, with `num_tokens` behind the padding tokens at its left."""
         lengths = {num_tokens}
         if self.unseen == padding_id:
             lengths.add(num_tokens + 1)

@@ -1,4 +1,4 @@
-"""An offloaded window: all but the sinks is kept in the memory of the host, and copied to the device for the layer that needs it."""
+"""An offloaded window: all but the sinks is kept in the memory of the host, and copied to the device for each layer in turn."""
 
 import contextlib
 from functools import cache, cached_property
@@ -13,11 +13,9 @@ from .window import Window
 
 
 class OffloadedPlan(Plan):
-    """A plan that also says what goes to the memory of the host."""
-
     @cached_property
     def on_host(self) -> tuple:
-        """`rows, slots, columns` of the new tokens behind the sinks, with slots counted from there: slices, or indices on the host."""
+        """`rows, slots, columns` of new tokens behind the sinks, slots counted from there. Slices, or indices on the host."""
         num_sinks = self.window.num_sinks
         if isinstance(self.slots, slice):
             start, stop = max(self.slots.start, num_sinks), max(self.slots.stop, num_sinks)
@@ -30,8 +28,8 @@ class OffloadedPlan(Plan):
 class OffloadedRing(StoredRing):
     """Keys or values on the host: `host` is `[num_slots, batch, heads, head_dim]`, so that new tokens are copied in one piece.
 
-    While a layer works, what the next one needs is copied on a stream of its own. When a layer is through with its copy, the copy is
-    let go. Of what a pass brings, only that is copied back. As in the offloaded caches of transformers, each stream waits for what the
+    While a layer works, what the next one needs is copied on a stream of its own. When a layer is through with its copy, the copy
+    is let go, and only new tokens are copied back. As in the offloaded caches of transformers, each stream waits for what the
     other has begun: copies to the device for copies back, and the layer for its copy.
 
     On a CPU, all of this happens in one memory, with the same copies. (It was tested that way. The stream on CUDA was not.)
@@ -48,12 +46,8 @@ class OffloadedRing(StoredRing):
     @property
     def recent(self) -> torch.Tensor:
         """For the host itself, which waits for copies under way."""
-        self.finish_copies()
+        finish_copies(self.slots.device)
         return self.host.permute(1, 2, 0, 3)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [*super().tensors, self.host]
 
     @property
     def num_bytes_on_host(self) -> int:
@@ -61,22 +55,20 @@ class OffloadedRing(StoredRing):
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
         self._reserve(num_tokens)
-        num_recent = max(min(num_tokens, self.window.length) - self.window.num_sinks, 0)
-        return super().views(num_tokens) | {"recent": self.recent[:, :, :num_recent]}
+        return super().views(num_tokens)
 
     def allocate(self, batch_size: int) -> None:
         super().allocate(batch_size)
         self.host = self._room(0, batch_size)
-        self.ahead: tuple[Plan | None, torch.Tensor | None] = None, None  # what was copied for this ring, and for which plan
+        self.ahead: dict[Plan, torch.Tensor] = {}  # what was copied to the device and has not been read, for which plan
 
     def fetch(self, plan: Plan) -> torch.Tensor:
-        if self.ahead[0] is not plan:
+        if plan not in self.ahead:
             self.fetch_ahead(plan)
-        if self.slots.is_cuda:
-            torch.cuda.current_stream(self.slots.device).wait_stream(copy_stream(self.slots.device))
-        states, self.ahead = self.ahead[1], (None, None)
-        if self.place + 1 < len(self.chain):
-            self.chain[self.place + 1].fetch_ahead(plan)
+        wait_for_copies(self.slots.device)
+        states = self.ahead.pop(plan)
+        for following in self.chain[self.place + 1 : self.place + 2]:
+            following.fetch_ahead(plan)
         return states.permute(1, 2, 0, 3)
 
     def fetch_ahead(self, plan: Plan) -> None:
@@ -84,7 +76,7 @@ class OffloadedRing(StoredRing):
         self._reserve(plan.num_held)
         num_recent = max(plan.num_held - self.window.num_sinks, 0)
         with while_computing(self.slots.device):
-            self.ahead = plan, self.host[:num_recent].to(self.slots.device, non_blocking=True, copy=True)
+            self.ahead = {plan: self.host[:num_recent].to(self.slots.device, non_blocking=True, copy=True)}
 
     def store(self, plan: OffloadedPlan, new: torch.Tensor) -> None:
         rows, slots, columns = plan.on_host
@@ -97,15 +89,14 @@ class OffloadedRing(StoredRing):
     def _room(self, num_slots: int, batch_size: int) -> torch.Tensor:
         """Pinned where another device reads it: only from there can it be copied while that device computes."""
         shape = num_slots, batch_size, self.slots.shape[1], self.slots.shape[3]
-        return torch.zeros(shape, dtype=self.slots.dtype, pin_memory=self.slots.is_cuda)
+        return torch.zeros(shape, dtype=self.slots.dtype, device="cpu", pin_memory=self.slots.is_cuda)
 
     def _reserve(self, num_tokens: int) -> None:
         num_slots, num_before = min(num_tokens, self.window.length) - self.window.num_sinks, len(self.host)
         if num_slots > num_before:
-            wider = self._room(min(self.window.num_recent, max(num_slots, 2 * num_before, MIN_SLOTS)), self.host.shape[1])
-            self.finish_copies()
-            wider[:num_before] = self.host
-            self.host = wider
+            before, num_slots = self.recent, min(self.window.num_recent, max(num_slots, 2 * num_before, MIN_SLOTS))
+            self.host = self._room(num_slots, len(before))
+            self.recent[:, :, :num_before] = before
 
     def undo(self, num_tokens: list[int]) -> None:
         for rows, slots, is_undone, overwritten in undone(self.log, num_tokens):
@@ -115,16 +106,14 @@ class OffloadedRing(StoredRing):
 
     def select_rows(self, index: torch.Tensor) -> None:
         super().select_rows(index)
-        selected_rows = self.recent.index_select(0, index.cpu())
-        self.host = self._room(len(self.host), len(index)).copy_(selected_rows.permute(2, 0, 1, 3))
-
-    def finish_copies(self) -> None:
-        if self.slots.is_cuda:
-            torch.cuda.synchronize(self.slots.device)
+        rows = self.recent.index_select(0, index.cpu())
+        if len(rows) != self.host.shape[1]:
+            self.host = self._room(len(self.host), len(rows))
+        self.recent.copy_(rows)
 
     def __getstate__(self) -> dict:
-        self.finish_copies()
-        return vars(self) | {"ahead": (None, None)}
+        finish_copies(self.slots.device)
+        return vars(self) | {"ahead": {}}
 
 
 class OffloadedStream(Stream):
@@ -133,10 +122,8 @@ class OffloadedStream(Stream):
         super().__init__(*args)
 
     def new_ring(self, window: Window, *how, kind: str | None = None) -> Ring:
-        if kind is None:
-            return Ring(window, *how)
-        device = how[-1]
-        return OffloadedRing(self.chains.setdefault((window, device, kind), []), window, *how)
+        chain = self.chains.setdefault((window, how[-1], kind), [])  # the last argument is the device
+        return OffloadedRing(chain, window, *how) if kind else Ring(window, *how)
 
     def plan_of(self, current: Pass, window: Window, device: torch.device) -> OffloadedPlan:
         return OffloadedPlan(window, current, device)
@@ -151,6 +138,16 @@ def while_computing(device: torch.device) -> contextlib.AbstractContextManager:
     """Copies begun in here wait for all that was begun before, and what is computed then does not wait for them."""
     if device.type != "cuda":
         return contextlib.nullcontext()
-    stream = copy_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)
+    copy_stream(device).wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(copy_stream(device))
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """What is computed from now on waits for the copies begun so far."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(copy_stream(device))
+
+
+def finish_copies(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

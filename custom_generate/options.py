@@ -25,15 +25,14 @@ UNSUPPORTED_OPTIONS = {
     "continuous_batching_config": "continuous batching has a paged cache of its own",
     "return_legacy_cache": "tuples of keys and values can't say which of them are sinks",
     "penalty_alpha": "contrastive search feeds candidate tokens that it takes back",
-    "dola_layers": "it lives in a custom_generate repository of its own",
-    "num_beam_groups": "it lives in a custom_generate repository of its own",
-    "constraints": "it lives in a custom_generate repository of its own",
-    "force_words_ids": "it lives in a custom_generate repository of its own",
     "token_healing": "it changes the last token of the prompt",
     "position_ids": "tokens are numbered by the cache",
 }
-# Options that choose a cache. Published generation configs set them, and a SinkCache takes the place of the cache that they name: only
-# the call itself may not ask for one.
+UNSUPPORTED_OPTIONS |= dict.fromkeys(
+    ("dola_layers", "num_beam_groups", "constraints", "force_words_ids"), "it lives in a custom_generate repository of its own"
+)
+# Options that choose a cache. Published generation configs set them, and a SinkCache takes the place of that cache: only the call
+# itself may not ask for one.
 CACHE_OPTIONS = ("cache_implementation", "cache_config", "max_cache_len", "continuous_batching_config", "return_legacy_cache")
 # Names under which transformers offloads caches. With a window it makes no difference whether they would grow.
 OFFLOADED = ("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked")
@@ -43,10 +42,11 @@ DRAFTING_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_ea
 NOT_WITH_GUIDANCE = ("num_beams", *DRAFTING_OPTIONS)
 # Options of a generation config that are carried out here: transformers gets None in their place.
 CONFIG_OPTIONS = ("cache_implementation", "cache_config", "prefill_chunk_size", "guidance_scale", "assistant_early_exit")
+CACHE_SIZES = ("window_length", "num_sink_tokens")
 # Arguments that are carried out here, and that transformers does not get.
 OUR_OPTIONS = (
-    *CONFIG_OPTIONS,
-    *"inputs attention_mask window_length num_sink_tokens negative_prompt_ids negative_prompt_attention_mask".split(),
+    *(*CONFIG_OPTIONS, *CACHE_SIZES),
+    *("inputs", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"),
 )
 # Tensors that `generate` takes. Any other tensor comes with each token of a prompt, and is refused.
 PROMPTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
@@ -96,6 +96,7 @@ class Call:
         self.has_beams = (self.options["num_beams"] or 1) > 1
         self.is_assisted = any(self.options[name] is not None for name in DRAFTING_OPTIONS)
         self.num_copies = max(self.options["num_beams"] or 1, self.options["num_return_sequences"] or 1)  # rows for each text
+        self.chunk_size = self.options["prefill_chunk_size"]
 
     def refuse_unsupported(self) -> None:
         """Refuse, before anything is run, what can't be exact."""
@@ -103,22 +104,18 @@ class Call:
             value = (self.asked if name in CACHE_OPTIONS else self.options)[name]
             if value is not None and value is not False and value not in NEUTRAL_VALUES.get(name, ()):
                 shown = type(value).__name__ if hasattr(value, "__dict__") or isinstance(value, torch.Tensor) else repr(value)
-                where = "It stands in model.generation_config: set it to None there" if self.asked[name] is None else "Leave it out"
-                raise ValueError(f"{name}={shown} can't be used with SinkCache: {reason}. {where}.")
-        if self.asked["use_cache"] is False:
-            raise ValueError("use_cache=False can't be used with SinkCache: without a cache there is nothing to bound. Leave it out.")
+                is_brought = self.asked[name] is None
+                remedy = "It stands in model.generation_config: set it to None there" if is_brought else "Leave it out"
+                raise ValueError(f"{name}={shown} can't be used with SinkCache: {reason}. {remedy}.")
+        refused = {} if self.asked["use_cache"] is not False else {"use_cache=False": "without a cache there is nothing to bound"}
         for name, value in self.arguments.items():
             if isinstance(value, torch.Tensor) and name not in PROMPTS:
-                raise ValueError(
-                    f"{name} can't be used with SinkCache: it can't be split over the passes in which a prompt is fed. Leave it out."
-                )
+                refused[name] = "it can't be split over the passes in which a prompt is fed"
+        for name, reason in refused.items():
+            raise ValueError(f"{name} can't be used with SinkCache: {reason}. Leave it out.")
         size = self.chunk_size
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"prefill_chunk_size must be an int of at least 1, got {size!r}.")
-
-    @property
-    def chunk_size(self) -> int | None:
-        return self.options["prefill_chunk_size"]
 
     @property
     def cache_mode(self) -> dict:
@@ -127,16 +124,13 @@ class Call:
         if implementation == "quantized":
             return {"quantized": {} if cache_config is None else cache_config}
         if cache_config is not None:
-            raise ValueError(
-                'cache_config configures cache_implementation="quantized", which was not asked for. Leave it out.'
-            )
+            raise ValueError('cache_config configures cache_implementation="quantized", which was not asked for. Leave it out.')
         return {"static": True} if implementation == "static" else {"offloaded": True} if implementation in OFFLOADED else {}
 
     @property
     def cache_arguments(self) -> dict:
         """The arguments of `SinkCache` for a new cache."""
-        sizes = {name: self.options[name] for name in ("window_length", "num_sink_tokens")}
-        return {name: size for name, size in sizes.items() if size is not None} | self.cache_mode
+        return {name: self.options[name] for name in CACHE_SIZES if self.options[name] is not None} | self.cache_mode
 
     def cache_to_continue(self):
         """The cache that is passed, None for a new one.
@@ -155,35 +149,33 @@ class Call:
             return cache
         if cache.get_seq_length() > 0:
             raise ValueError(
-                f"The cache that is passed is a {type(cache).__name__} that already holds tokens, and nobody knows their positions. Pass a "
-                "SinkCache, or none."
+                f"The cache that is passed is a {type(cache).__name__} that already holds tokens, and nobody knows their "
+                "positions. Pass a SinkCache, or none."
             )
         message = "The cache that is passed is an empty %s. It stays so: a SinkCache takes its place."
         logging.get_logger(__name__).warning(message, type(cache).__name__)
         return None
 
     def _check_cache(self, cache, mode: dict) -> None:
-        for name in ("window_length", "num_sink_tokens"):
-            value = self.arguments.get(name)
-            if value is not None and value != getattr(cache, name):
-                raise ValueError(
-                    f"{name}={value} was asked for, and the cache that is passed was made with {getattr(cache, name)}. Leave the "
-                    "argument out, or pass a new cache."
-                )
-        quantization, options = cache.quantization, mode.get("quantized")
-        has_mode = {"static": cache.is_static, "offloaded": cache.is_offloaded, "quantized": quantization is not None}
+        quantization = cache.quantization
+        is_kept = {"static": cache.is_static, "offloaded": cache.is_offloaded, "quantized": quantization is not None}
         for name, value in mode.items():
-            if not has_mode[name]:
+            if not is_kept[name]:
                 argument = "quantized={...}" if name == "quantized" else f"{name}={value}"
                 raise ValueError(
-                    f'cache_implementation="{name}" was asked for, and the cache that is passed is not {name}. Leave the argument out, '
-                    f"or pass a new cache, made with {argument}."
+                    f'cache_implementation="{name}" was asked for, and the cache that is passed is not {name}. Leave the '
+                    f"argument out, or pass a new cache, made with {argument}."
                 )
-        if options and vars(type(quantization).of(options)) != vars(quantization):
-            raise ValueError(
-                f"cache_config={options} was asked for, and the cache that is passed was made with {quantization}. Leave the argument "
-                "out, or pass a new cache."
-            )
+        differences = [(name, self.arguments.get(name), getattr(cache, name)) for name in CACHE_SIZES]
+        if options := mode.get("quantized"):
+            is_same = vars(type(quantization).of(options)) == vars(quantization)
+            differences.append(("cache_config", None if is_same else options, quantization))
+        for name, asked, value in differences:
+            if asked is not None and asked != value:
+                raise ValueError(
+                    f"{name}={asked} was asked for, and the cache that is passed was made with {value}. Leave the argument "
+                    "out, or pass a new cache."
+                )
 
     @property
     def is_synced(self) -> bool:

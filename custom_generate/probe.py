@@ -190,10 +190,10 @@ class Probe:
         if length > MAX_EXACT_POSITION:
             raise self._refusal(f"it can't tell positions up to {length} apart, which it needs: try a shorter one", SHIFT)
         if self.max_positions is not None and length > self.max_positions:
-            need = (
-                f"and the cache needs positions up to twice the window. Use a window_length of at most {self.max_positions // 2}"
+            raise self._too_long(
+                f": what it computes of positions changes or ends at position {self.max_positions}, and the cache needs "
+                f"positions up to twice the window. Use a window_length of at most {self.max_positions // 2}."
             )
-            raise self._too_long(f": what it computes of positions changes or ends at position {self.max_positions}, {need}.")
         rebase_at = max(length, MIN_REBASE_IN_16_BITS if self.dtype.itemsize == 2 else 0)
         return min(rebase_at, self.max_positions or rebase_at)
 

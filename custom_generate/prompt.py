@@ -60,8 +60,8 @@ class Prompt:
 
 
 def whole_prompt(call: Call, cache) -> Prompt:
-    """What the call passes as the text to continue. If it passes none, `input_ids` becomes the token of each row that the cache has not
-    seen, or, for a new cache, the token that begins texts."""
+    """The text that the call passes. If it passes none, `input_ids` becomes the last token returned for each row, which the cache
+    has not seen, or, for a new cache, the token that begins texts."""
     arguments, device = call.arguments, input_device(call.model)
     for name in ("input_ids", "attention_mask"):
         value = arguments.get(name)
@@ -73,8 +73,8 @@ def whole_prompt(call: Call, cache) -> Prompt:
     if ids is None and cache.get_seq_length() > 0:
         if cache.unseen_token_ids is None:
             raise ValueError(
-                "No prompt is passed, and the cache does not know which token comes next: generate has not returned any since its last "
-                "pass. Pass the tokens that it has not seen as input_ids."
+                "No prompt is passed, and the cache does not know which token comes next: generate has not returned any since "
+                "its last pass. Pass the tokens that it has not seen as input_ids."
             )
         ids = arguments["input_ids"] = torch.tensor(cache.unseen_token_ids, device=device)[:, None]
         if mask is None:  # for all tokens of the text
@@ -85,16 +85,17 @@ def whole_prompt(call: Call, cache) -> Prompt:
 
 
 def _with_inferred_mask(ids: torch.Tensor | None, options: dict) -> Prompt:
-    """As in transformers' `generate`, padding is the padding token, if that does not also end texts; but only where it begins a row."""
+    """Padding is the padding token where it begins a row, unless it also ends texts. (transformers takes it anywhere.)"""
     pad, eos = options["pad_token_id"], options["eos_token_id"]
     if ids is None or ids.ndim != 2 or not isinstance(pad, int):
         return Prompt(ids, None)
     is_padding = ids == pad
     if pad not in (eos if isinstance(eos, list | tuple) else [eos]):
-        return Prompt(ids, (~is_padding).long().cummax(dim=1).values, padding_id=pad) if bool(is_padding.any()) else Prompt(ids, None)
+        mask = (~is_padding).long().cummax(dim=1).values
+        return Prompt(ids, mask, padding_id=pad) if bool(is_padding.any()) else Prompt(ids, None)
     if bool(is_padding[:, 0].any()) and not bool(is_padding[:, 0].all()):
         logging.get_logger(__name__).warning(
-            "Some rows of the batch begin with the padding token, but it also ends texts and no attention_mask is passed: they are "
-            "taken for tokens, and become the sinks. Pass the attention_mask that the tokenizer returns."
+            "Some rows of the batch begin with the padding token, but it also ends texts and no attention_mask is passed: they "
+            "are taken for tokens, and become the sinks. Pass the attention_mask that the tokenizer returns."
         )
     return Prompt(ids, None)

@@ -9,9 +9,17 @@ from .plan import Plan
 class StoredRing(Ring):
     """A ring of which `slots` holds the sinks alone. The rest is kept in another form, or in other memory.
 
-    For a pass, `fetch` makes the slots behind the sinks, which are let go afterwards, and `store` keeps what the pass has brought. What
-    a query sees and how sinks move is the same as in a plain ring.
+    For a pass, `fetch` makes the slots behind the sinks, which are let go afterwards, and `store` keeps the new tokens. What a
+    query sees and how sinks move is the same as in a plain ring.
     """
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [*super().tensors, self.recent]
+
+    def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
+        num_recent = max(min(num_tokens, self.window.length) - self.window.num_sinks, 0)
+        return {"slots": self.slots, "recent": self.recent[:, :, :num_recent]}
 
     @torch.inference_mode(False)
     def allocate(self, batch_size: int) -> None:
@@ -33,6 +41,3 @@ class StoredRing(Ring):
     def store(self, plan: Plan, new: torch.Tensor) -> None:
         """Keep the new keys or values `[batch, heads, num_columns, head_dim]`, except for the sinks."""
         raise NotImplementedError
-
-    def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
-        return {"slots": self.slots}

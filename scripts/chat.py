@@ -12,6 +12,7 @@ the commands. The last line is one JSON document.
 
 import argparse
 import contextlib
+import copy
 import json
 import signal
 import sys
@@ -28,6 +29,7 @@ from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LEN
 COMMANDS = """\
 /save FILE   write the conversation to a file
 /load FILE   go on with one that was saved, of the same model
+/regenerate  the last answer once more, in its place: another one, if answers are drawn at random
 /reset       begin anew
 /stats       what the cache holds
 /help        this
@@ -80,6 +82,8 @@ class Chat:
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends}
         self.tokens_per_second: float | None = None
+        # The last question, and a copy of the cache from before it: a cache by itself can't go back to what it has evicted.
+        self.last_turn: tuple[str, SinkCache] | None = None
 
     def next_turn(self, question: str) -> str:
         """The text between the last answer and the next one: the question, and what a template puts around it."""
@@ -103,6 +107,7 @@ class Chat:
 
     def answer(self, question: str) -> str:
         """Feed a question and print its answer, which is returned."""
+        self.last_turn = question, copy.deepcopy(self.cache)
         cache, is_first = self.cache, self.cache.num_tokens_seen == 0
         special = is_first and self.tokenizer.chat_template is None
         new_ids = self.tokenizer(self.next_turn(question), add_special_tokens=special, return_tensors="pt").input_ids
@@ -150,11 +155,18 @@ class Chat:
             self.cache.save(path)
             return f"Saved to {path}."
         if name == "/load":
-            self.cache = SinkCache.load(path, self.model)
+            self.cache, self.last_turn = SinkCache.load(path, self.model), None
             window = f"window {self.cache.window_length}, {self.cache.num_sink_tokens} sinks"
             return f"Going on from {path} ({window}) with {self.cache.num_tokens_seen:,} tokens seen."
+        if name == "/regenerate":
+            if self.last_turn is None:
+                return "There is no answer yet."
+            question, self.cache = self.last_turn
+            self.answer(question)
+            return self.status_line()
         if name == "/reset":
             self.cache.reset()
+            self.last_turn = None
             return "A new conversation."
         if name == "/stats":
             return f"{self.cache!r}\n{self.status_line()}"

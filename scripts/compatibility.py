@@ -26,9 +26,9 @@ import transformers
 from tqdm import tqdm
 
 from common import ROOT, add_block_arguments, check_or_write_block
+from custom_generate.doors import SUPPORTED_ATTENTION
 from custom_generate.generate import SinkCache
-from custom_generate.options import SUPPORTED_ATTENTION, UNSUPPORTED_OPTIONS
-from custom_generate.releases import HAS_ALL_BEAM_SEARCHES
+from custom_generate.options import UNSUPPORTED_OPTIONS
 from custom_generate.rotation import Rotation
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -216,7 +216,6 @@ OPTIONS = [
     ),
     works("num_return_sequences", "test_generate.py::test_several_return_sequences_past_the_window_each_follow_the_rules"),
     works("num_beams early_stopping length_penalty", BEAMS, "the cache stays at the prompt, and the next call reads the answer again"),
-    *([works("num_beam_groups diversity_penalty constraints force_words_ids", BEAMS)] if HAS_ALL_BEAM_SEARCHES else []),
     works("assistant_model", "test_assisted.py::test_an_assistant_has_a_window_of_its_own", "one text at a time; see *Assisted decoding and beams*"),
     works("assistant_early_exit", "test_assisted.py::test_the_first_layers_draft"),
     works("prompt_lookup_num_tokens max_matching_ngram_size", "test_assisted.py::test_looking_up_the_prompt"),
@@ -237,7 +236,7 @@ OPTIONS = [
     refused(("token_type_ids", "other tensors"), "it can't be split over the passes", token_type_ids=[[0] * 5]),
     no_effect("for assisted decoding with `do_sample`", assistant_ensemble_weight=0.5),
     no_effect("set by transformers on an assistant; fails without one, as in transformers", is_assistant=True),
-    *([] if HAS_ALL_BEAM_SEARCHES else [no_effect("for `num_beam_groups`", diversity_penalty=0.5)]),
+    no_effect("for `num_beam_groups`", diversity_penalty=0.5),
     no_effect("for encoder-decoder models", decoder_start_token_id=3, forced_decoder_ids=[[1, 2]], generation_kwargs={"a": 1}),
     no_effect("transformers has dropped it", low_memory=True),
     no_effect('without `cache_implementation="static"`', disable_compile=True),

@@ -35,7 +35,7 @@ OLDEST = re.search(r"transformers>=([\d.]+)", (ROOT / "custom_generate" / "requi
 # scripts.
 TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in "families invariants cache generate beams assisted quantized offloaded state stored_state".split()
+    for name in "families invariants cache generate beams assisted kinds_of_windows state".split()
 )
 END_TO_END = ("tests/test_loading.py", "tests/test_publish.py", "tests/test_static.py")
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "-m", "not also_eager")

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from families import build_model
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from checks import assert_same, left_padded, random_ids
-from families import build_model
-from oracle import oracle_logits
 from transformers import LogitsProcessor
 from transformers.modeling_outputs import CausalLMOutput
 
+from checks import assert_same, left_padded, random_ids
 from custom_generate.generate import SinkCache, generate
+from families import build_model
+from oracle import oracle_logits
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 8, 2
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}

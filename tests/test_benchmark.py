@@ -5,18 +5,18 @@ A comparison with a method that computes something else, or less, would say noth
 
 import time
 
-import baselines
-import benchmark
 import pytest
 import torch
-from baselines import Setup, storage_bytes
-from checks import NUM_SINK_TOKENS, NUM_TOKENS, WINDOW_LENGTH, assert_same, difference, random_ids
-from families import TRANSFORMERS, build_model
-from oracle import TOLERANCE, oracle_logits
 from packaging.version import Version
 from transformers import DynamicCache
 
+import baselines
+import benchmark
+from baselines import Setup, storage_bytes
+from checks import NUM_SINK_TOKENS, NUM_TOKENS, WINDOW_LENGTH, assert_same, difference, random_ids
 from custom_generate.generate import SinkCache
+from families import TRANSFORMERS, build_model
+from oracle import TOLERANCE, oracle_logits
 
 pytestmark = pytest.mark.skipif(TRANSFORMERS < Version("5.16"), reason="the caches compared with are those of recent releases")
 

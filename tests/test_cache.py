@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from checks import (
     NUM_SINK_TOKENS,
     WINDOW_LENGTH,
@@ -15,14 +16,13 @@ from checks import (
     random_ids,
     rings_of,
 )
-from families import EAGER_ONLY, build_model
-from oracle import oracle_logits
-
 from custom_generate.generate import SinkCache, generate
 from custom_generate.plan import Pass, Plan
 from custom_generate.releases import MODELS_ASK_FOR_QUERY_OFFSET
 from custom_generate.static import Cursor
 from custom_generate.window import Window
+from families import EAGER_ONLY, build_model
+from oracle import oracle_logits
 
 MODEL = "gemma3"  # two native windows of 6 tokens, and two layers with full attention
 # Tokens seen before the operation: fewer than the sinks, filling, at the edge, past it, past several re-bases.
@@ -119,7 +119,8 @@ def test_slots_of_tokens_by_hand():
 def pass_of(num_seen: list[int], num_columns: int) -> Pass:
     """Of rows that have seen so many tokens each, and go on by as many as there are columns."""
     num_rows = len(num_seen)
-    return Pass(num_seen, [num_columns] * num_rows, [0] * num_rows, batch_size=num_rows, num_columns=num_columns)
+    num_after = [seen + num_columns for seen in num_seen]
+    return Pass(num_seen, [num_columns] * num_rows, num_after, [0] * num_rows, batch_size=num_rows, num_columns=num_columns)
 
 
 @pytest.mark.parametrize("num_seen", [[50], [3, 20]])

@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import chat
 import pytest
 import torch
-from families import TRANSFORMERS
 from packaging.version import Version
-from test_readme import CHAT_TEMPLATE
 
+import chat
 from custom_generate.generate import SinkCache
+from families import TRANSFORMERS
+from test_readme import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
@@ -42,7 +42,7 @@ def test_a_conversation_goes_on_in_another_process(tmp_path):
     parts = run(["/reset", f"/load {path}", turns[2], turns[3], f"/load {tmp_path / 'none'}"], "--max-new-tokens", 40)
     _, _, after_save = whole.partition(f"Saved to {path}.\n")
     _, loaded, after_load = parts.partition("(window 32, 4 sinks) with ")
-    assert loaded and "There is no command /nothing" in whole and "No such file" in parts
+    assert loaded and "There is no command /nothing" in whole and "There is no file" in parts
     expected, parts = without_speed(after_save).split("> /nothing")[0], without_speed(after_load).split("\n", 1)[1]
     assert parts.startswith(expected) and len(expected) > 100
     last = without_speed(whole).split("> return\n")[1].split("> /stats")[0]
@@ -104,6 +104,36 @@ def test_without_a_template_text_goes_on(tiny_model, own_tokenizer):
     second = talk.answer("import sys")
     text = own_tokenizer.decode(fed + talk.cache.unseen_token_ids)
     assert text == f"<s># A module.\n\nimport os\n{first}\n\nimport sys\n{second}"
+
+
+def test_an_answer_is_regenerated_in_its_place(tiny_model, own_tokenizer, tmp_path):
+    """Past the window, so that tokens have been evicted: the same text if nothing is drawn at random, and the conversation goes on as if
+    there had been one answer. With sampling it is another one."""
+    talk, _ = new_chat(tiny_model, own_tokenizer, CHAT_TEMPLATE)
+    assert talk.command("/regenerate") == "There is no answer yet."
+    answers = [talk.answer(question) for question in ("What is it?", "And who keeps it?", "Where?")]
+    seen, last = talk.cache.num_tokens_seen, talk.cache.known_token_ids(0)
+    assert seen > 2 * 32
+    for _ in range(2):
+        assert f"[{seen} tokens seen" in talk.command("/regenerate")
+        assert talk.cache.num_tokens_seen == seen and all(map(torch.equal, talk.cache.known_token_ids(0), last))
+    after = talk.answer("Why?")
+    straight, _ = new_chat(tiny_model, own_tokenizer, CHAT_TEMPLATE)
+    assert [straight.answer(question) for question in ("What is it?", "And who keeps it?", "Where?", "Why?")] == [*answers, after]
+
+    torch.manual_seed(0)
+    talk.options |= {"do_sample": True, "temperature": 3.0}
+    drawn = {talk.answer("When?")}
+    question, _ = talk.last_turn
+    for _ in range(3):
+        talk.command("/regenerate")
+        drawn.add(own_tokenizer.decode(talk.cache.known_token_ids(0)[1]))
+    assert question == "When?" and len(drawn) == 4
+    talk.cache.save(tmp_path / "talk")
+    for command in (f"/load {tmp_path / 'talk'}", "/reset"):
+        talk.last_turn = "When?", talk.cache
+        talk.command(command)
+        assert talk.command("/regenerate") == "There is no answer yet."
 
 
 class Terminal:

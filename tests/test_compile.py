@@ -1,12 +1,12 @@
 """A compiled forward pass: the same logits, and no new graph at each token."""
 
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, random_ids
-from families import build_model
-from oracle import oracle_logits
 from torch._dynamo.utils import counters
 
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, random_ids
 from custom_generate.generate import generate
+from families import build_model
+from oracle import oracle_logits
 
 
 def test_a_compiled_forward_follows_the_rules_in_few_graphs():

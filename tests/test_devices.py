@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from cards import Cards, plug_in_cards, put
-from checks import WINDOW, assert_same, feed, left_padded, random_ids
-from families import build_model
-from oracle import oracle_logits
 from transformers import AutoModelForCausalLM
 
+from cards import Cards, plug_in_cards, put
+from checks import WINDOW, assert_same, feed, left_padded, random_ids
 from custom_generate.generate import SinkCache, generate
+from families import build_model
+from oracle import oracle_logits
 
 
 @pytest.fixture

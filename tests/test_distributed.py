@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
-from checks import WINDOW, assert_same, feed, left_padded, random_ids
-from families import build_model
-from oracle import oracle_logits
 from transformers import AutoModelForCausalLM
 
+from checks import WINDOW, assert_same, feed, left_padded, random_ids
 from custom_generate.generate import SinkCache, generate
+from families import build_model
+from oracle import oracle_logits
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 

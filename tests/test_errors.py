@@ -7,15 +7,15 @@ import sys
 import pytest
 import torch
 import transformers
-from checks import WINDOW, left_padded, random_ids
-from families import TRANSFORMERS, build_model
 from packaging import version
 from transformers import AutoModelForCausalLM, DynamicCache
-from zoo import ZOO_RELEASE, zoo_config
 
+from checks import WINDOW, left_padded, random_ids
 from custom_generate.generate import SinkCache, generate
 from custom_generate.options import CACHE_OPTIONS, UNSUPPORTED_OPTIONS
 from custom_generate.releases import CACHE_NAME
+from families import TRANSFORMERS, build_model
+from zoo import ZOO_RELEASE, zoo_config
 
 MODEL = "qwen3"
 

@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import evaluate
 import pytest
-import stream_eval
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import evaluate
+import stream_eval
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, random_ids
 from families import build_model
 from oracle import oracle_logits
-from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--num-tokens", 300, "--batch-size", 2, "--window-length", 32, "--recompute-every", 16]

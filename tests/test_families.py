@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
+from custom_generate.generate import SinkCache
 from families import EAGER_ONLY, FAMILIES, ORDERED, REFUSED_BEFORE, build_model, is_refused
 from oracle import TOLERANCE, native_windows, oracle_logits, own_cache
-
-from custom_generate.generate import SinkCache
 
 CASES = [
     pytest.param(

@@ -22,18 +22,18 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 import transformers
-from checks import assert_same, interrupted_at, left_padded, move_ahead, random_ids
-from families import EAGER_ONLY, FAMILIES, ORDERED, TRANSFORMERS, build_model, is_refused
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from oracle import GrowingOracle, Text, oracle_logits
 from packaging.version import Version
-from zoo import ZOO_RELEASE, build_zoo_model
 
+from checks import assert_same, interrupted_at, left_padded, move_ahead, random_ids
 from custom_generate.generate import SinkCache, generate
 from custom_generate.layers import MIN_SLOTS, NUM_SHIFTS_AHEAD
 from custom_generate.releases import MODELS_ASK_FOR_QUERY_OFFSET
+from families import EAGER_ONLY, FAMILIES, ORDERED, TRANSFORMERS, build_model, is_refused
+from oracle import GrowingOracle, Text, oracle_logits
+from zoo import ZOO_RELEASE, build_zoo_model
 
 NUM_OPERATIONS = int(os.environ.get("FUZZ_OPERATIONS", 400))
 SHRINK = bool(os.environ.get("FUZZ_SHRINK"))

@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
+
 from checks import (
     NUM_SINK_TOKENS,
     RECORD,
@@ -18,12 +20,10 @@ from checks import (
     random_ids,
     rings_of,
 )
-from families import ORDERED, build_model
-from oracle import oracle_logits
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
-
 from custom_generate.generate import SinkCache, generate
 from custom_generate.releases import CACHE_NAME
+from families import ORDERED, build_model
+from oracle import oracle_logits
 
 MODEL = "qwen3"
 

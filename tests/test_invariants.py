@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, move_ahead, random_ids, rings_of
-from families import FAMILIES, TRANSFORMERS, build_model
-from oracle import native_windows, oracle_logits
 from packaging import version
-from stdlib_text import stdlib_text
 
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, move_ahead, random_ids, rings_of
+from common import stdlib_text
 from custom_generate import probe
 from custom_generate.generate import SinkCache
 from custom_generate.layers import NUM_SHIFTS_AHEAD
+from families import FAMILIES, TRANSFORMERS, build_model
+from oracle import native_windows, oracle_logits
 
 BILLION = 10**9
 

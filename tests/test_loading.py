@@ -8,8 +8,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from families import TRANSFORMERS, allow_local_code
 from packaging import version
+
+from families import TRANSFORMERS, allow_local_code
 
 ROOT = Path(__file__).parents[1]
 COMMON = f"""

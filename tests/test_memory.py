@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, feed, random_ids, rings_of
-from families import ORDERED, TRANSFORMERS, build_model
 from packaging import version
 from transformers import PretrainedConfig
-from zoo import ZOO_RELEASE, build_zoo_model
 
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, feed, random_ids, rings_of
 from custom_generate.generate import SinkCache, generate
 from custom_generate.probe import ModelTraits
 from custom_generate.rotation import Rotation
+from families import ORDERED, TRANSFORMERS, build_model
+from zoo import ZOO_RELEASE, build_zoo_model
 
 NOT_HELD = (type, types.ModuleType, types.FunctionType, torch.nn.Module, PretrainedConfig, ModelTraits, Rotation)
 

@@ -10,13 +10,13 @@ import threading
 import pytest
 import torch
 import transformers
-from checks import assert_same, left_padded, random_ids
-from families import VOCAB_SIZE, build_model
-from oracle import oracle_logits
 from transformers import GenerationConfig, LogitsProcessorList, TextIteratorStreamer, TextStreamer
 from transformers.generation import logits_process
 
+from checks import assert_same, left_padded, random_ids
 from custom_generate.generate import SinkCache, generate
+from families import VOCAB_SIZE, build_model
+from oracle import oracle_logits
 
 MODEL = "qwen3"
 

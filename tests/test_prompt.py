@@ -1,14 +1,15 @@
-"""Which of the tokens passed are new: padding tokens within a text, a text that goes on without a prompt, and one remedy for each mistake."""
+"""Which of the tokens passed are new: padding tokens in a text, a text that goes on without a prompt, one remedy for each mistake."""
 
 import copy
 
 import pytest
 import torch
+from transformers import LogitsProcessor
+
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, left_padded, random_ids
 from custom_generate.generate import SinkCache, generate
 from families import build_model
 from oracle import oracle_logits
-from transformers import LogitsProcessor
 
 WINDOW = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
 RECORD = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
@@ -87,7 +88,9 @@ def test_padding_at_the_left_is_padding_without_a_mask(model):
         ids, mask = left_padded(texts)
         ids = ids.masked_fill(mask == 0, PAD)
         answers = Say([PAD if turn == 1 else 5, 6, 8])
-        outputs = generate(ids, model=model, past_key_values=cache, max_new_tokens=3, logits_processor=[answers], **PADDED, **RECORD)
+        outputs = generate(
+            ids, model=model, past_key_values=cache, max_new_tokens=3, logits_processor=[answers], **PADDED, **RECORD
+        )
         for row, text in enumerate(texts):
             new = outputs.sequences[row : row + 1, -3:]
             expected = oracle_logits(model, torch.cat([text, new[:, :-1]], 1), **WINDOW)
@@ -103,13 +106,14 @@ def test_padding_at_the_left_is_padding_without_a_mask(model):
 def test_padding_tokens_of_which_it_can_not_be_told_what_they_are(model, ids, monkeypatch):
     """Right padding, most likely: taken for text it would be wrong without a word."""
     ids = torch.tensor(ids)
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="No attention_mask is passed.*pad_token_id=0.*ones_like"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="No attention_mask is passed.*pad_token_id=0.*ones_like"),
+    ):
         SinkCache.from_model(model, **WINDOW)
         patch.setattr(model.model, "forward", lambda *args, **kwargs: pytest.fail("the model was run"))
         generate(ids, model=model, max_new_tokens=2, **PADDED, **WINDOW)
-    outputs = generate(
-        ids, model=model, max_new_tokens=20, attention_mask=torch.ones_like(ids), **PADDED, **RECORD, **WINDOW
-    )
+    outputs = generate(ids, model=model, max_new_tokens=20, attention_mask=torch.ones_like(ids), **PADDED, **RECORD, **WINDOW)
     for row in range(len(ids)):
         logits = torch.stack(outputs.logits, 1)[row : row + 1]
         assert_same(logits, oracle_logits(model, outputs.sequences[row : row + 1, :-1], **WINDOW)[:, ids.shape[1] - 1 :])
@@ -220,7 +224,9 @@ def test_a_refused_assistance_leaves_what_was_recorded(model):
     cache.activate_past_recording()
     model(**cache.prepare(random_ids(3, seed=5)))
     with pytest.raises(ValueError, match="mistyped"):
-        generate(random_ids(4, seed=6), model=model, past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=5, mistyped=1)
+        generate(
+            random_ids(4, seed=6), model=model, past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=5, mistyped=1
+        )
     assert cache.num_tokens_seen == 33
     cache.crop(-3)
     outputs = generate(random_ids(4, seed=6), model=model, past_key_values=cache, max_new_tokens=10, **RECORD)
@@ -259,7 +265,9 @@ REMEDIES = {
 def test_each_mistake_has_one_remedy(model, change, remedy):
     cache, text = answered(model, random_ids(30), [5, 6, 8, 9, 10])
     text = torch.cat([text, random_ids(10, seed=9)], dim=1)
-    with pytest.raises(ValueError, match=f"Can't tell which of the .* tokens passed for row 0 are new.*{REMEDIES[remedy]}") as error:
+    with pytest.raises(
+        ValueError, match=f"Can't tell which of the .* tokens passed for row 0 are new.*{REMEDIES[remedy]}"
+    ) as error:
         generate(change(text), model=model, past_key_values=cache, max_new_tokens=5, **PADDED)
     others = [other for name, other in REMEDIES.items() if name != remedy]
     assert not any(other.split("(")[0].strip("\\") in str(error.value) for other in others)

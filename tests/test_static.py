@@ -8,6 +8,10 @@ import copy
 
 import pytest
 import torch
+from packaging import version
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
 from checks import (
     NUM_SINK_TOKENS,
     WINDOW,
@@ -20,15 +24,11 @@ from checks import (
     random_ids,
     rings_of,
 )
-from families import EAGER_ONLY, FAMILIES, TRANSFORMERS, build_model, is_refused
-from oracle import oracle_logits
-from packaging import version
-from test_memory import reachable
-from torch._dynamo.utils import counters
-from transformers import CompileConfig
-
 from custom_generate.generate import SinkCache, generate
 from custom_generate.releases import LinearAttentionLayer, named_states
+from families import EAGER_ONLY, FAMILIES, TRANSFORMERS, build_model, is_refused
+from oracle import oracle_logits
+from test_memory import reachable
 
 NUM_STEPS = 5 * WINDOW_LENGTH
 OLD_TORCH = version.parse(torch.__version__) < version.parse("2.13")

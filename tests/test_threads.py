@@ -5,12 +5,12 @@ import threading
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, assert_same, feed, random_ids
-from families import build_model
-from oracle import oracle_logits
 from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
+from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, assert_same, feed, random_ids
 from custom_generate.generate import SinkCache, generate
+from families import build_model
+from oracle import oracle_logits
 
 NUM_NEW = 4 * WINDOW_LENGTH
 

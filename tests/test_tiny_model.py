@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from stdlib_text import stdlib_text
 
+from common import stdlib_text
 from custom_generate.generate import SinkCache
 
 ROOT = Path(__file__).parents[1]

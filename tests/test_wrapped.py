@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checks import WINDOW, assert_same, feed, random_ids
-from families import allow_local_code, build_model
-from oracle import oracle_logits
 
+from checks import WINDOW, assert_same, feed, random_ids
 from custom_generate.generate import SinkCache, generate
 from custom_generate.releases import CACHE_NAME
+from families import allow_local_code, build_model
+from oracle import oracle_logits
 
 SIZES = [5, 9, 40] + [1] * 20 + [6]
 

@@ -8,16 +8,16 @@ import copy
 
 import pytest
 import torch
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
-from families import TRANSFORMERS
-from oracle import TOLERANCE, oracle_logits
 from packaging import version
-from zoo import LEFT_OUT, ZOO_RELEASE, ZOO_TYPES
-from zoo import build_zoo_model as build
 
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
 from custom_generate import probe
 from custom_generate.generate import SinkCache, generate
 from custom_generate.rotation import Rotation
+from families import TRANSFORMERS
+from oracle import TOLERANCE, oracle_logits
+from zoo import LEFT_OUT, ZOO_RELEASE, ZOO_TYPES
+from zoo import build_zoo_model as build
 
 TYPES = [name for name in ZOO_TYPES if name not in LEFT_OUT]
 
