@@ -1,4 +1,5 @@
-"""What is checked where something comes in: numbers, models, tokens and passes. Each error names the value, and says what to do."""
+"""What is checked where something comes in: numbers, models, tokens and passes. Each error names the value, and says what to
+do."""
 
 import torch
 
@@ -47,8 +48,8 @@ def check_model(model: torch.nn.Module, traits: ModelTraits, windows: dict[int, 
     masks = {(traits.layer_types[index] if traits.layer_types else "", window) for index, window in windows.items()}
     if not traits.is_ordered and len(masks) > len({name for name, _ in masks}):
         raise ValueError(
-            f"SinkCache gives one mask to all layers of a type, and layers of {type(model).__name__} that share a mask have windows of "
-            "different lengths."
+            f"SinkCache gives one mask to all layers of a type, and layers of {type(model).__name__} that share a mask have "
+            "windows of different lengths."
         )
 
 
@@ -71,8 +72,8 @@ def check_tokens(tokens, num_dims: int, attention_mask) -> list[int]:
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != num_dims or 0 in tokens.shape[:2]:
         shape = f"shape {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else f"{tokens!r:.50}"
         raise ValueError(
-            f"No tokens: pass input_ids [batch, num_columns], or inputs_embeds [batch, num_columns, hidden], with at least one column; "
-            f"got {shape}."
+            f"No tokens: pass input_ids [batch, num_columns], or inputs_embeds [batch, num_columns, hidden], with at least one "
+            f"column; got {shape}."
         )
     batch_size, num_columns = tokens.shape[:2]
     if attention_mask is None:
@@ -98,10 +99,9 @@ def count_tokens(attention_mask: torch.Tensor) -> list[int]:
     is_token = attention_mask.bool()
     rows = (is_token[:, :-1] & ~is_token[:, 1:]).any(dim=1)  # padding after a token
     if bool(rows.any()):
-        row = int(rows.nonzero()[0])
         raise ValueError(
-            f"attention_mask of row {row} has padding on the right or a hole: tokens after it would be numbered wrongly. Pad on the "
-            'left, tokenizer(..., padding=True, padding_side="left").'
+            f"attention_mask of row {int(rows.nonzero()[0])} has padding on the right or a hole: tokens after it would be "
+            'numbered wrongly. Pad on the left, tokenizer(..., padding=True, padding_side="left").'
         )
     return is_token.sum(dim=1).tolist()
 
@@ -136,8 +136,14 @@ def check_pass(current: Pass, traits: ModelTraits, window_length: int, evicts: b
             )
 
 
-def check_unprepared(traits: ModelTraits, stream, num_columns: int) -> None:
+def check_unprepared(traits: ModelTraits, stream, num_columns: int, num_rows: int = 1) -> None:
     """Refuse a pass whose positions and masks the model makes by itself, where these would be wrong."""
+    if num_rows > 1:
+        raise ValueError(
+            f"Without `prepare`, several rows (here {num_rows}) can't be served: this cache can't tell padding of a batch from "
+            "its tokens, and padding would become the sinks. Call model(**cache.prepare(input_ids, attention_mask)), or "
+            "generate with custom_generate."
+        )
     num_after = max(stream.num_tokens) + num_columns
     length = min(layer.window.length for layer in stream.layers.values())
     max_positions = min(traits.max_positions or MAX_EXACT_POSITION, MAX_EXACT_POSITION)
@@ -147,7 +153,7 @@ def check_unprepared(traits: ModelTraits, stream, num_columns: int) -> None:
     elif traits.is_ordered:
         reason = "the scores of this model depend on the order of the keys, which it takes from the mask"
     elif traits.has_local_attention and not MODELS_ASK_FOR_QUERY_OFFSET:
-        reason = "this release of transformers makes a mask for layers with native windows or chunks that does not fit to the cache"
+        reason = "this release of transformers makes a mask for layers with native windows or chunks that doesn't fit the cache"
     elif traits.is_recurrent:
         reason = "the recurrent layers of this model are told by `prepare` what is padding, and positions by nobody else"
     elif any(stream.base):
@@ -156,7 +162,8 @@ def check_unprepared(traits: ModelTraits, stream, num_columns: int) -> None:
         reason = f"position {num_after - 1} is more than this model can tell apart"
     if reason is not None:
         raise ValueError(
-            f"This pass can't be exact as it is: {reason}. Call model(**cache.prepare(input_ids)), or generate with custom_generate."
+            f"This pass can't be exact as it is: {reason}. Call model(**cache.prepare(input_ids)), or generate with "
+            "custom_generate."
         )
 
 
@@ -168,7 +175,7 @@ def check_crop(num_removed: int, stream, traits: ModelTraits) -> None:
     num_intact = min(ring.num_intact for ring in stream.rings)
     if max(stream.num_seen) > num_intact and stream.num_recorded < num_removed:
         raise ValueError(
-            f"Can't take back {num_removed} tokens: what the last {stream.num_recorded} evicted was recorded, no more. To go back to a "
-            "place in a text, for another answer, make a copy there: copy.deepcopy(cache). For drafts, call activate_past_recording() "
-            "before the passes that may be taken back."
+            f"Can't take back {num_removed} tokens: what the last {stream.num_recorded} evicted was recorded, no more. To go "
+            "back to a place in a text, for another answer, make a copy there: copy.deepcopy(cache). For drafts, call "
+            "activate_past_recording() before the passes that may be taken back."
         )

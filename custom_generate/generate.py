@@ -9,9 +9,9 @@ The method is StreamingLLM (https://arxiv.org/abs/2309.17453). Of the tokens see
 and the model sees them as if they were numbered 0 .. window_length - 1. It does not see further back than that: the context
 does not get longer, the text does. While nothing has been evicted, the logits are those of `DynamicCache`.
 
-Read in this order: `window.py` (where a token is stored), `rotation.py` (how a key moves), `plan.py` (what one forward pass does),
-`layers.py` (which carry it out), `SinkCache` and `generate` here. Nothing opens a connection, changes anything global, or leaves anything
-on the model. No file is opened but the file whose path is passed to `SinkCache.save` or `load`.
+Read in this order: `window.py` (where a token is stored), `rotation.py` (how a key moves), `plan.py` (what one forward pass
+does), `layers.py` (which carry it out), `SinkCache` and `generate` here. Nothing opens a connection, changes anything global, or
+leaves anything on the model. No file is opened but the file whose path is passed to `SinkCache.save` or `load`.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
 from .history import unseen_part
 from .inputs import ModelInputs
-from .layers import SinkLayer
+from .models import check_is_decoder, check_mode
 from .offloaded import OffloadedStream
 from .options import Call
 from .plan import Pass
-from .probe import check_is_decoder, check_mode, model_traits
+from .probe import model_traits
 from .prompt import whole_prompt
 from .quantization import Quantization
 from .quantized import QuantizedStream
@@ -52,7 +52,7 @@ from .reading import ReadableCache
 from .recurrent import RecurrentStates, layers_of_model
 from .releases import CACHE_NAME, NotesRecurrentLayers, unwrapped
 from .rotation import Rotation  # noqa: F401
-from .saving import Saved, settings_of
+from .saving import load_cache, save_cache
 from .static import StaticStream
 from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
@@ -74,19 +74,20 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         logits = model(**cache.prepare(input_ids)).logits        # any number of new tokens, padded batches too
         logits = model(input_ids, past_key_values=cache).logits  # one row; one token at a time once the window is full
 
-    does. With the second form the model counts positions by itself, without an end. `prepare` keeps positions small, and so exact in
-    float32 for texts of any length.
+    does. With the second form the model counts positions by itself, without an end. `prepare` keeps positions small, and so exact
+    in float32 for texts of any length.
 
     Args:
         window_length: tokens held, the sinks and the newest token included.
         num_sink_tokens: how many of the first tokens are never evicted. 0 makes a plain sliding window.
         static: all slots are allocated at once and never move, so that `torch.compile` makes one graph for all tokens.
-        quantized: options of `Quantization` ({} for the defaults). All but the sinks and the most recent tokens is quantized; layers with
-            native windows too short for that stay as they are.
+        quantized: options of `Quantization` ({} for the defaults). All but the sinks and the most recent tokens is quantized;
+            layers with native windows too short for that stay as they are.
         offloaded: all but the sinks is kept in the memory of the host.
 
     Attributes:
-        unseen_token_ids: the last token that `generate` returned for each row: chosen, but not yet processed. None if there is none.
+        unseen_token_ids: the last token that `generate` returned for each row: chosen, but not yet processed. None if there is
+            none.
         num_padding_columns: columns of the text of `generate` that the cache never counted, while drafts are rolled back.
 
     Raises:
@@ -145,7 +146,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         check_attention(model)
         check_mode(model)
         if self.traits is not None:
-            check_same(model, self._model(), *self._bound_as)
+            check_same(model, self.model(), *self._bound_as)
             return
         traits = model_traits(model, self.window_length)
         kind = StaticStream if self.is_static else OffloadedStream if self.is_offloaded else Stream
@@ -154,7 +155,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         stream = kind(self.window, {index: layer for index, layer in enumerate(traits.layers) if layer is not None})
         check_model(model, traits, {index: layer.window for index, layer in stream.layers.items()}, self.is_static)
         self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, traits, stream)
-        self._model, self._bound_as = weakref.ref(model), (model.dtype, model.device)
+        self.model, self._bound_as = weakref.ref(model), (model.dtype, model.device)
         self._make_layers()
 
     def _make_layers(self) -> None:
@@ -176,8 +177,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             input_ids: the new tokens, `[batch, num_columns]`. Rows may go on by different numbers of tokens, padded on the left.
             attention_mask: 1 for a token and 0 for padding, for the new columns or for all so far: only the last ones are read.
             inputs_embeds: embeddings in place of ids, `[batch, num_columns, hidden]`.
-            num_parts: for long passes over a full window, which are faster if the model takes each row as so many: its logits then are
-                `[batch * num_parts, num_columns / num_parts, vocab]`. `num_parts_of` says how many are best.
+            num_parts: for long passes over a full window, which are faster if the model takes each row as so many: its logits
+                then are `[batch * num_parts, num_columns / num_parts, vocab]`. `num_parts_of` says how many are best.
 
         Raises:
             ValueError: what is passed does not fit to the cache or can't be processed exactly. The cache is as before.
@@ -197,7 +198,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the attention layers call. `[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
+        """What the attention layers call. `[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]`
+        out."""
         if self.stream is None:
             self.require_model()
         if torch.is_grad_enabled():  # what is held has no history: gradients end here
@@ -214,7 +216,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         """The first layer is reached: by the pass that was prepared, or by a pass that the model begins by itself."""
         stream = self.stream
         if stream.current is None or stream.has_begun:
-            self._begin_unprepared(key_states.shape[0], key_states.shape[2])
+            check_unprepared(self.traits, stream, key_states.shape[2], key_states.shape[0])
+            self._begin(key_states.shape[0], key_states.shape[2], [key_states.shape[2]], is_prepared=False)
         current = stream.current
         num_rows = current.batch_size * current.num_parts
         if key_states.shape[2] != current.part_length or key_states.shape[0] != num_rows:
@@ -224,23 +227,16 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             )
         stream.has_begun = True
 
-    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """What a layer calls behind `update` to choose what it attends to. `[batch, num_columns, dim]` in, `[batch, kv_length, dim]` out.
-
-        It may choose as many keys as the window holds, and so takes all that are visible, whatever they look like to it: none is kept.
-        """
-        batch_size, _, dim = indexer_key_states.shape
-        return indexer_key_states.new_zeros(1).expand(batch_size, self.layers[layer_idx].plan.kv_length, dim)
-
     @torch.inference_mode(False)  # what is made here may be changed in any mode
-    def _begin(self, batch_size: int, num_columns: int, num_new: list[int], num_parts: int = 1, input_ids=None, is_prepared=True) -> None:
+    def _begin(self, batch_size: int, num_columns: int, num_new: list[int], num_parts=1, input_ids=None, is_prepared=True):
         """Decide all that a pass does. Nothing is changed before everything has been checked."""
-        self._settle()
-        stream, traits, model = self.stream, self.traits, self._model()
+        self.settle()
+        stream, traits, model = self.stream, self.traits, self.model()
         if model is not None and model.training:
             check_mode(model)
         if stream.batch_size not in (-1, batch_size):
-            raise ValueError(f"This cache holds {stream.batch_size} rows, and {batch_size} are passed. Pass as many, or a new cache.")
+            passed = f"{batch_size} are passed. Pass as many, or a new cache."
+            raise ValueError(f"This cache holds {stream.batch_size} rows, and {passed}")
         num_seen, base = stream.num_seen, stream.base
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
@@ -265,18 +261,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self.unseen_token_ids = None
         stream.begin(current)
 
-    def _begin_unprepared(self, batch_size: int, num_columns: int) -> None:
-        """A pass whose positions and masks the model makes by itself, from what `get_seq_length` and `get_mask_sizes` say."""
-        if batch_size > 1:
-            raise ValueError(
-                f"Without `prepare`, several rows (here {batch_size}) can't be served: this cache can't tell padding of a batch from its "
-                "tokens, and padding would become the sinks. Call model(**cache.prepare(input_ids, attention_mask)), or generate with "
-                "custom_generate."
-            )
-        check_unprepared(self.traits, self.stream, num_columns)
-        self._begin(batch_size, num_columns, [num_columns], is_prepared=False)
-
-    def _settle(self, is_reset: bool = False) -> None:
+    def settle(self, is_reset: bool = False) -> None:
         """Before anything is changed: make the last pass part of what was seen, or give it up if it was interrupted.
 
         Raises:
@@ -289,10 +274,12 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             return
         if stream.done is not None:
             stream.settle()
-        if (stream.current is not None or self.traits.is_recurrent) and self._is_interrupted and not is_reset:
+        if self.traits.is_recurrent:
+            self.recurrent.end_gradients()
+        if (stream.current is not None or self.traits.is_recurrent) and self.is_interrupted and not is_reset:
             raise ValueError(
-                f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already let go of "
-                "what a second try needs. Call reset(), or go on from a copy that was made before."
+                f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already "
+                "let go of what a second try needs. Call reset(), or go on from a copy that was made before."
             )
         if stream.current is not None:
             stream.give_up()
@@ -300,38 +287,14 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             self.recurrent.put_back_idle()
 
     @property
-    def _is_interrupted(self) -> bool:
-        """Whether the last pass has not been through all layers, and can't be repeated: true of every pass with recurrent states."""
+    def is_interrupted(self) -> bool:
+        """Whether the last pass has not been through all layers, and can't be repeated: true of every pass with recurrent
+        states."""
         stream, current = self.stream, self.stream.current
         if not self.traits.is_recurrent:
             return current is not None and stream.has_begun and not current.can_be_repeated
         has_reached_all = not any(stream.num_seen) or self.traits.noted_layers <= self.layers_reached
         return current is not None or not has_reached_all
-
-    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys that a pass will be handed, for the mask that a model makes by itself.
-
-        `query_length` is a number, or the positions of the queries (before transformers 5).
-        """
-        num_columns = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
-        stream, layer = self.stream, self._layer_at(layer_idx)
-        if stream.current is not None and not stream.has_begun:
-            return layer.plan.kv_length, 0
-        check_unprepared(self.traits, stream, num_columns)
-        return min(self.num_tokens_seen + num_columns, layer.window.length), 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Where the queries of a pass stand among the keys that they are handed: at their end."""
-        stream, layer = self.stream, self._layer_at(layer_idx)
-        if stream.current is not None and not stream.has_begun:
-            return layer.plan.kv_length - stream.current.part_length
-        return min(self.num_tokens_seen, layer.window.length - 1)
-
-    def _layer_at(self, layer_idx: int) -> SinkLayer:
-        """A layer; for a layer without keys the first layer with keys, as in the caches of transformers."""
-        if self.stream is None:
-            self.require_model()
-        return self.stream.layers.get(layer_idx) or self.stream.layers[self.stream.first_layer]
 
     @contextlib.contextmanager
     def in_one_call(self):
@@ -344,7 +307,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         finally:
             if self.stream is not None:
                 self.stream.settle()
-                if self.stream.current is not None and not self._is_interrupted:
+                if self.stream.current is not None and not self.is_interrupted:
                     self.stream.give_up()
             del self._in_call
 
@@ -352,7 +315,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     def reset(self) -> None:
         """As new: no tokens, any batch size."""
-        self._settle(is_reset=True)
+        self.settle(is_reset=True)
         self.unseen_token_ids: list[int] | None = None
         self.num_padding_columns = 0
         self.layers_reached: set[int] = set()
@@ -364,7 +327,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     @torch.inference_mode(False)
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`."""
-        self._settle()
+        self.settle()
         if not self.is_initialized:
             return
         super().reorder_cache(beam_idx)
@@ -383,24 +346,26 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     # Roll-back
 
     def activate_past_recording(self, is_active: bool = True) -> None:
-        """Keep what passes evict from now on, until `crop` says which of their tokens stand. False: no longer, and what was kept stands."""
+        """Keep what passes evict from now on, until `crop` says which of their tokens stand. False: no longer, and what was kept
+        stands."""
         self.require_model()
-        self._settle()
+        self.settle()
         self.num_padding_columns = 0
         self.stream.is_recording = is_active
         self.stream.forget_recorded()
 
     def crop(self, num_tokens: int) -> None:
         """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if negative, else all but the first so
-        many (as before transformers 5.14, where `generate` counts all columns of its text). What was recorded until then is let go.
+        many (as before transformers 5.14, where `generate` counts all columns of its text). What was recorded until then is let
+        go.
 
         Raises:
             ValueError: the tokens that those ones evicted were not recorded, or there are not so many. The cache is as before.
         """
-        self._settle()
+        self.settle()
         if self.stream is None:
             return
-        stream, num_tokens = self.stream, int(num_tokens)  # a tensor, where `generate` has counted what it takes back (since 5.14)
+        stream, num_tokens = self.stream, int(num_tokens)  # since 5.14, `generate` passes a tensor
         removed = -num_tokens if num_tokens <= 0 else max(0, self.num_tokens_seen + self.num_padding_columns - num_tokens)
         if removed:
             check_crop(removed, stream, self.traits)
@@ -414,25 +379,15 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to a file, from which `load` goes on as this one would, to the last bit.
 
-        The file is there whole or not at all, and one that was there before is replaced. Recorded drafts (`activate_past_recording`)
+        The file is there whole or not at all, and one that was there before is replaced. Recorded drafts
+        (`activate_past_recording`)
         are not saved: load a cache, and what it has seen stands.
 
         Raises:
             ValueError: a pass was begun and has not reached the last layer, or the cache has no model.
             FileNotFoundError: there is no such folder.
         """
-        self.require_model()
-        self.stream.settle()
-        if self.stream.current is not None or self._is_interrupted:
-            raise ValueError(
-                "Can't save in the middle of a pass: it has not been through all layers. Save after the model's forward pass. If it was "
-                "interrupted, run it again first, model(**cache.prepare(...)), or save a copy that was made before."
-            )
-        self._settle()
-        if self._model() is None:
-            raise ValueError("Can't save a cache whose model is gone: the file has to say which model can go on from it.")
-        numbers = {"model": settings_of(self._model()), "arguments": self.arguments, "unseen_token_ids": self.unseen_token_ids}
-        Saved.of(self.stream, self.recurrent, **numbers).write(path)
+        save_cache(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: torch.nn.Module, **expected) -> "SinkCache":
@@ -443,16 +398,11 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             expected: arguments of `SinkCache` that you count on; else they are those in the file.
 
         Raises:
-            ValueError: the file was cut off, or it holds a cache for another model or dtype, or of another window or kind. Both sides
-                are named.
+            ValueError: the file was cut off, or it holds a cache for another model or dtype, or of another window or kind. Both
+                sides are named.
             ImportError: the package that quantizes is not installed.
         """
-        saved = Saved.read(path)
-        saved.check_made_for(model, expected)
-        cache = cls.from_model(model, **saved.arguments)
-        cache.unseen_token_ids = saved.restore(cache.stream, cache.recurrent)
-        cache.layers_reached = set(cache.traits.noted_layers)
-        return cache
+        return load_cache(cls, path, model, expected)
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
@@ -462,7 +412,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     @torch.inference_mode(False)  # the copy can be changed in any mode
     def __deepcopy__(self, memo) -> "SinkCache":
-        self._settle()
+        self.settle()
         memo |= {id(shared): shared for shared in (self.traits, self.inputs and self.inputs.config)}
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy({name: each for name, each in vars(self).items() if name != "_in_call"}, memo))
@@ -499,10 +449,10 @@ def generate(
             `Quantization`; or "offloaded" to the memory of the host.
         past_key_values, or cache (as transformers says since 5.24): a `SinkCache` to continue, with either the whole history in
             `input_ids`, or its last `window_length` tokens, or only what the cache has not seen: that is
-            `sequences[:, cache.get_seq_length():]` and what comes after it. Without any prompt, the text goes on from the last token
-            that was returned.
-        guidance_scale: as in transformers, with a second cache of the same window for the second text. That one begins anew with each
-            call, with `negative_prompt_ids`; to go on with it, pass the whole of it there.
+            `sequences[:, cache.get_seq_length():]` and what comes after it. Without any prompt, the text goes on from the last
+            token that was returned.
+        guidance_scale: as in transformers, with a second cache of the same window for the second text. That one begins anew with
+            each call, with `negative_prompt_ids`; to go on with it, pass the whole of it there.
 
     Raises:
         ValueError: something passed can't be processed exactly. The message names it; the model has not been run, and the cache

@@ -1,4 +1,4 @@
-"""The layers of a cache: keys and values in the slots of a window, and the sinks, which move."""
+"""The layers of a cache: keys and values in the slots of a window."""
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -8,13 +8,12 @@ from .rotation import Rotation, rotate
 from .window import Window
 
 MIN_SLOTS = 32  # A ring is allocated with at least as many, so that it does not grow at each of the first tokens.
-NUM_SHIFTS_AHEAD = 16  # Rotations of the sinks that are computed in one go: one for each of the next tokens.
 
 
 class Ring:
     """The keys, or the values, of one layer: `slots` is `[batch, heads, num_slots, head_dim]`.
 
-    What is written stays as it is. Only the sinks move (`Sinks`).
+    What is written stays as it is. Only the sinks move (`sinks.py`).
 
     Attributes:
         sinks, number: the group in which the sinks of this ring move, and its number there; None if they do not move.
@@ -28,7 +27,7 @@ class Ring:
         self.window, self.rotation = window, rotation
         num_heads, head_dim = shape
         self.slots = torch.zeros(0, num_heads, 0, head_dim, dtype=dtype, device=device)
-        self.sinks: Sinks | None = None
+        self.sinks = None
         self.number: int | None = None
         self.log: list[tuple] = []
 
@@ -48,7 +47,8 @@ class Ring:
         return self.slots[:, :, self.window.num_sinks :]
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
-        """Views of everything that a text of so many tokens has left here, to be saved or to be filled. Dimension 0 has the rows."""
+        """Views of everything that a text of so many tokens has left here, to be saved or to be filled. Dimension 0 has the
+        rows."""
         if num_tokens > self.slots.shape[2] < self.window.length:
             self.grow(num_tokens)
         return {"slots": self.slots[:, :, : min(num_tokens, self.window.length)]}
@@ -59,7 +59,8 @@ class Ring:
         self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], 0, self.slots.shape[3])
 
     def update(self, plan: Plan, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
-        """Write what is new, `[batch, heads, num_columns, head_dim]`; return what the pass is handed, `[batch, heads, kv_length, head_dim]`.
+        """Write what is new, `[batch, heads, num_columns, head_dim]`; return what the pass is handed, `[batch, heads, kv_length,
+        head_dim]`.
 
         Args:
             held: the slots before the pass, if they are kept in another form than `slots`.
@@ -118,7 +119,8 @@ class Ring:
         self.log = []
 
     def rebase(self, num_positions: torch.Tensor) -> None:
-        """Lower the positions of each row by `num_positions` `[rows, 1, 1]`: keys behind the sinks are rotated back, and rounded once."""
+        """Lower the positions of each row by `num_positions` `[rows, 1, 1]`: keys behind the sinks are rotated back, and rounded
+        once."""
         angles = self.rotation.angles(num_positions, torch.zeros_like(num_positions))
         self.recent.copy_(self.rotation.turn(self.recent.to(angles.device), angles))
         for number, (written, overwritten) in enumerate(self.log):
@@ -128,95 +130,6 @@ class Ring:
     def select_rows(self, index: torch.Tensor) -> None:
         """Row i becomes a copy of row `index[i]`."""
         self.slots = selected(self.slots, index)
-
-
-class Sinks:
-    """The sinks of all rings that move alike: same window, rotation, shape, dtype and device.
-
-    The sinks are kept as they came, and before a pass the sinks in the slots are rotated to where its query needs them, for all
-    layers in one go: one rotation and one rounding, `num_sinks` keys a step, however long the text is.
-
-    Attributes:
-        pristine: the sinks as they came, with their partners: float32 `[2, layers, batch, heads, num_sinks, head_dim]`.
-        moved_by: how far the sinks in the slots are from where they came: a number for each row, or a single one.
-        are_new: the last pass has written some of them, so that they have to be kept.
-        for_queries: cosines and sines that move the sinks for each query of a pass, `[2, rows, 1, columns, num_sinks, head_dim]`.
-    """
-
-    def __init__(self, rings: list[Ring]):
-        self.rings, self.window, self.rotation = rings, rings[0].window, rings[0].rotation
-        for number, ring in enumerate(rings):
-            ring.sinks, ring.number = self, number
-        self.pristine: torch.Tensor | None = None
-        self.allocate(0)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """Everything that is held beside the slots."""
-        return [tensor for tensor in (self.pristine, self._ahead, self.for_queries) if tensor is not None]
-
-    def allocate(self, batch_size: int) -> None:
-        """Begin with no tokens."""
-        _, num_heads, _, head_dim = self.rings[0].slots.shape
-        shape = 2, len(self.rings), batch_size, num_heads, self.window.num_sinks, head_dim
-        self.pristine = torch.zeros(shape, device=self.rings[0].slots.device)
-        self.forget()
-        if batch_size > 0:
-            self.cos_sin_at([0])
-
-    def forget(self) -> None:
-        self.moved_by, self.are_new, self.for_queries = [0], False, None
-        self._views, self._viewed = [], None  # the slots of the sinks, and of the first ring all slots
-        self._ahead, self._first_ahead = None, 0
-
-    def begin(self, plan: Plan) -> None:
-        """Before a pass: bring the sinks to where its queries need them, or say where that is for each query."""
-        if self.are_new:
-            self.keep()
-        self.are_new, self.for_queries = plan.writes_sinks, None
-        if plan.hands_out_slots:
-            self.move(plan.shifts)
-        else:
-            self.move([0])
-            self.for_queries = self.cos_sin(plan.shifts[:, None])
-
-    def keep(self) -> None:
-        now = torch.stack([ring.slots[:, :, : self.window.num_sinks] for ring in self.rings])
-        if any(self.moved_by):  # some rows have moved sinks
-            is_moved = torch.tensor(self.moved_by, device=now.device).bool()[:, None, None, None]
-            now = torch.where(is_moved, self.pristine[0].to(now.dtype), now)
-        self.pristine.copy_(torch.stack(self.rotation.pairs(now)))
-
-    def move(self, shifts: list[int]) -> None:
-        """Bring the sinks in the slots to `shifts` positions from where they came."""
-        if shifts == self.moved_by or not (any(shifts) or any(self.moved_by)):
-            return
-        if self._viewed is not self.rings[0].slots:
-            self._viewed = self.rings[0].slots
-            self._views = [ring.slots[:, :, : self.window.num_sinks] for ring in self.rings]
-        sinks = rotate(self.pristine, self.cos_sin_at(shifts)).to(self._viewed.dtype)
-        torch._foreach_copy_(self._views, sinks.unbind())
-        self.moved_by = shifts
-
-    def cos_sin_at(self, shifts: list[int]) -> torch.Tensor:
-        """`cos_sin` for a number a row, `[2, rows, 1, num_sinks, head_dim]`. For rows that are alike, the next shifts are computed ahead."""
-        if len(shifts) > 1:
-            return self.cos_sin(torch.tensor(shifts)[:, None])
-        if self._ahead is None or not 0 <= shifts[0] - self._first_ahead < NUM_SHIFTS_AHEAD:
-            self._first_ahead = shifts[0]
-            self._ahead = self.cos_sin(torch.arange(shifts[0], shifts[0] + NUM_SHIFTS_AHEAD)[:, None, None])
-        return self._ahead[:, shifts[0] - self._first_ahead]
-
-    def cos_sin(self, shift: torch.Tensor) -> torch.Tensor:
-        """Cosines and sines that move the sinks by `shift` positions: `[...]` -> `[2, ..., num_sinks, head_dim]`."""
-        position = torch.arange(self.window.num_sinks, device=self.rotation.frequency.device)
-        angles = self.rotation.angles(position, position + shift.to(position.device)[..., None])
-        return torch.stack([angles.cos(), angles.sin()])
-
-    def select_rows(self, index: torch.Tensor) -> None:
-        self._viewed, self.pristine = None, selected(self.pristine, index, dim=2)
-        if len(self.moved_by) > 1:
-            self.moved_by = [self.moved_by[row] for row in index.tolist()]
 
 
 class SinkLayer(CacheLayerMixin):
@@ -251,12 +164,21 @@ class SinkLayer(CacheLayerMixin):
         if not key_states.dtype == value_states.dtype == keys.slots.dtype:
             raise ValueError(
                 f"The model brings keys in {key_states.dtype} and values in {value_states.dtype}, and this cache was made for "
-                f"{keys.slots.dtype}. Put the model into one dtype, model.to(dtype), in place of autocast; if that was done after "
-                "the cache was made, make a new one."
+                f"{keys.slots.dtype}. Put the model into one dtype, model.to(dtype), in place of autocast; if that was done "
+                "after the cache was made, make a new one."
             )
         if plan.num_parts > 1:
             key_states, value_states = plan.joined(key_states), plan.joined(value_states)
         return keys.update(plan, key_states), values.update(plan, value_states)
+
+    @property
+    def record_past(self) -> bool:
+        """Whether what a pass evicts is kept. transformers switches it off layer by layer."""
+        return self.stream.is_recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.stream.is_recording = value
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing has to be done."""
@@ -284,8 +206,8 @@ def selected(states: torch.Tensor, index: torch.Tensor, dim: int = 0) -> torch.T
 
 
 def undone(log: list[tuple], num_tokens: list[int]):
-    """What is put back if only the first `num_tokens` of each row stand, the last pass first: rows and slots, which entries of a pass
-    these are, and what all its entries have overwritten."""
+    """What is put back if only the first `num_tokens` of each row stand, the last pass first: rows and slots, which entries of a
+    pass these are, and what all its entries have overwritten."""
     for (rows, slots, tokens), overwritten in reversed(log):
         first = torch.tensor(num_tokens, device=tokens.device)
         is_undone = tokens >= (first if len(first) == 1 else first[rows])

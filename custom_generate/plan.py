@@ -1,7 +1,7 @@
 """One forward pass: how many tokens come, what is written where, what each query sees, and how far the sinks move.
 
-A pass is decided before the model runs, and nothing in it changes afterwards. `Pass` says what comes, for all layers. `Plan` says what
-the pass does in the layers of one window.
+A pass is decided before the model runs, and nothing in it changes afterwards. `Pass` says what comes, for all layers. `Plan` says
+what the pass does in the layers of one window.
 """
 
 from dataclasses import dataclass
@@ -60,8 +60,9 @@ class Plan:
     with a mask in which each query sees its own copy of the sinks.
 
     A long pass over full windows may come in parts: `num_parts` rows of the batch for each row of the cache. Each part of the new
-    tokens is handed the copies of the sinks for its own queries, and only the tokens that they see. So attention costs little more
-    than over the window, while the rest of the model works on many tokens at once. All windows are full then, and no column is padding.
+    tokens is handed the copies of the sinks for its own queries, and only the tokens that they see. So attention costs little
+    more than over the window, while the rest of the model works on many tokens at once. All windows are full then, and no column
+    is padding.
 
     Attributes:
         num_held: slots in use after the pass, of the row that has the most.
@@ -116,7 +117,8 @@ class Plan:
 
     @cached_property
     def tokens(self) -> torch.Tensor:
-        """The number of the token in each column, `[rows, columns]`; for padding, a number that the row has seen, or a negative one."""
+        """The number of the token in each column, `[rows, columns]`; for padding, a number that the row has seen, or a negative
+        one."""
         return self._num_seen + torch.arange(self.num_columns, device=self.device) - self._num_padding
 
     def _entries(self) -> tuple:

@@ -50,7 +50,7 @@ ROTATION_TOLERANCE |= {torch.float16: (4e-3, 4e-2), torch.bfloat16: (1.5e-2, 0.1
 # positions by so many standard errors of the noise. Measured at windows of 16 to 16,384 in float32, bfloat16 and float16: at most
 # 1.7 where they depend on distances only (SmolLM2, Gemma 3, all families, deep random models), 2.9 or more where they do not.
 MAX_STANDARD_ERRORS = 2.4
-# In standard deviations of the logits: a difference that is too small to matter; noise that is too large to tell anything from it;
+# In standard deviations of the logits: a difference too small to matter; noise too large to tell anything from it;
 # and how far two ways to compute one thing (a recurrence by steps or in chunks) may be apart, if not by a few times the noise.
 NEGLIGIBLE = {torch.float64: 3e-5, torch.float32: 3e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MAX_NOISE = {torch.float64: 0.03, torch.float32: 0.03, torch.float16: 0.5, torch.bfloat16: 0.5}
@@ -194,8 +194,8 @@ class Probe:
             raise self._refusal(f"it can't tell positions up to {length} apart, which it needs: try a shorter one", SHIFT)
         if self.max_positions is not None and length > self.max_positions:
             raise self._too_long(
-                f": what it computes of positions changes or ends at position {self.max_positions}, and the cache needs positions "
-                f"up to twice the window. Use a window_length of at most {self.max_positions // 2}."
+                f": what it computes of positions changes or ends at position {self.max_positions}, and the cache needs "
+                f"positions up to twice the window. Use a window_length of at most {self.max_positions // 2}."
             )
         rebase_at = max(length, MIN_REBASE_IN_16_BITS if self.dtype.itemsize == 2 else 0)
         return min(rebase_at, self.max_positions or rebase_at)

@@ -5,7 +5,7 @@ import math
 import torch
 from transformers import Cache
 
-from .doors import check_count
+from .doors import check_count, check_unprepared
 from .layers import SinkLayer
 from .window import Window
 
@@ -78,10 +78,45 @@ class ReadableCache(Cache):
         current = None if self.stream is None or layer_idx is None else self.stream.current
         if current is None:
             return self.num_tokens_seen
-        if self.stream.ids_plan.is_in_tensors:  # slots before the query: a graph takes numbers for constants, and was given its positions
-            return self.window_length - 1
+        if self.stream.ids_plan.is_in_tensors:
+            return self.window_length - 1  # slots before the query: a graph takes numbers for constants
         last = max(after - start for after, start in zip(current.num_after, current.base))
         return max(last - current.num_columns, 0)
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys that a pass will be handed, for the mask that a model makes by itself.
+
+        `query_length` is a number, or the positions of the queries (before transformers 5).
+        """
+        num_columns = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        stream, layer = self.stream, self._layer_at(layer_idx)
+        if stream.current is not None and not stream.has_begun:
+            return layer.plan.kv_length, 0
+        check_unprepared(self.traits, stream, num_columns)
+        return min(self.num_tokens_seen + num_columns, layer.window.length), 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where the queries of a pass stand among the keys that they are handed: at their end."""
+        stream, layer = self.stream, self._layer_at(layer_idx)
+        if stream.current is not None and not stream.has_begun:
+            return layer.plan.kv_length - stream.current.part_length
+        return min(self.num_tokens_seen, layer.window.length - 1)
+
+    def _layer_at(self, layer_idx: int) -> SinkLayer:
+        """A layer; for a layer without keys the first layer with keys, as in the caches of transformers."""
+        if self.stream is None:
+            self.require_model()
+        return self.stream.layers.get(layer_idx) or self.stream.layers[self.stream.first_layer]
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """What a layer calls behind `update` to choose what it attends to. `[batch, num_columns, dim]` in, `[batch, kv_length,
+        dim]` out.
+
+        It may choose as many keys as the window holds, and so takes all that are visible, whatever they look like to it: none is
+        kept.
+        """
+        batch_size, _, dim = indexer_key_states.shape
+        return indexer_key_states.new_zeros(1).expand(batch_size, self.layers[layer_idx].plan.kv_length, dim)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens held at most: by any layer, or by the given one."""
@@ -113,8 +148,8 @@ class ReadableCache(Cache):
 
     @property
     def takes_parts(self) -> bool:
-        """Whether the next pass may come in parts: all rows have full windows, and the model looks at nothing but positions, masks and
-        keys to tell where in its row a token is."""
+        """Whether the next pass may come in parts: all rows have full windows, and the model looks at nothing but positions,
+        masks and keys to tell where in its row a token is."""
         self.require_model()
         traits = self.traits
         is_plain = not (traits.is_recurrent or traits.is_ordered or traits.is_chunked or traits.is_indexed)

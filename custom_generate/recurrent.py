@@ -1,6 +1,9 @@
 """Layers that have a recurrent or convolutional state, alone or beside keys and values. The states are those of transformers."""
 
+import contextlib
+
 import torch
+from transformers.utils import is_torchdynamo_compiling
 
 from .layers import SinkLayer, selected
 from .plan import Pass, Plan
@@ -14,12 +17,15 @@ class RecurrentLayer(LinearAttentionLayer):
     def __init__(self, own: LinearAttentionLayer):
         vars(self).update(vars(own))
 
-    @torch.inference_mode()  # the model may have made its states there
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """Make room for a state in which it can be changed in any mode. (A graph that is being captured can't leave its mode.)"""
+        with contextlib.nullcontext() if is_torchdynamo_compiling() else torch.inference_mode(False):
+            super().lazy_initialization(*args, **kwargs)
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         states = named_states(self).values()
         if any(len(state) != len(beam_idx) for state in states):
-            with torch.inference_mode(False):
-                return super().reorder_cache(beam_idx)
+            return super().reorder_cache(beam_idx)
         for state in states:
             selected(state, beam_idx.to(state.device))
 
@@ -61,8 +67,8 @@ class RecurrentStates:
 
     Attributes:
         layers: the layers that have a state, by their numbers.
-        idle: states of rows that bring nothing but padding in the last pass: number of the layer, name, rows, states. A recurrent layer
-            goes on over padding as if it were text, so that these states have to be put back.
+        idle: states of rows that bring nothing but padding in the last pass: number of the layer, name, rows, states. A recurrent
+            layer goes on over padding as if it were text, so that these states have to be put back.
     """
 
     def __init__(self, layers: list):
@@ -72,8 +78,8 @@ class RecurrentStates:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """All states, by names such as `layers.3.recurrent.conv_states.0`. Rows are dimension 0."""
-        layers = self.layers.items()
-        return {f"layers.{index}.recurrent.{name}": state for index, layer in layers for name, state in named_states(layer).items()}
+        named = {f"layers.{index}.recurrent": named_states(layer) for index, layer in self.layers.items()}
+        return {f"{layer}.{name}": state for layer, states in named.items() for name, state in states.items()}
 
     def allocate(self, traits: ModelTraits, batch_size: int) -> None:
         """For static mode: all states at once, as zeros; in place if there are as many rows."""
@@ -87,14 +93,20 @@ class RecurrentStates:
 
     def check(self, current: Pass) -> None:
         """Refuse a pass in which a row that goes on has padding in front of its tokens."""
-        rows = zip(current.num_seen, current.num_new)
-        row, new = next(((row, new) for row, (seen, new) in enumerate(rows) if seen > 0 and 0 < new < current.num_columns), (None, 0))
-        if row is not None:
+        for row, (seen, new) in enumerate(zip(current.num_seen, current.num_new)):
+            if seen == 0 or new in (0, current.num_columns):
+                continue
             raise ValueError(
-                f"Row {row} of the batch goes on by {new} tokens and another one by {current.num_columns}: the padding between would change "
-                "its recurrent states as if it were text. Split the pass so that in each part a row has tokens in all columns or in "
-                "none, or generate with custom_generate, which does."
+                f"Row {row} of the batch goes on by {new} tokens and another one by {current.num_columns}: the padding between "
+                "would change its recurrent states as if it were text. Split the pass so that in each part a row has tokens in "
+                "all columns or in none, or generate with custom_generate, which does."
             )
+
+    def end_gradients(self) -> None:
+        """What is held has no history, or a graph would grow with the text."""
+        for state in self.tensors.values():
+            if state.requires_grad:
+                state.detach_()
 
     def begin(self, current: Pass) -> None:
         """Keep the states of idle rows."""
@@ -104,7 +116,6 @@ class RecurrentStates:
         self.idle = [(index, name, rows, state[rows]) for index, name, state in named]
 
     def put_back_idle(self) -> None:
-        with torch.inference_mode():  # the model may have made its states there
-            for index, name, rows, states in self.idle:
-                named_states(self.layers[index])[name][rows] = states
+        for index, name, rows, states in self.idle:
+            named_states(self.layers[index])[name][rows] = states
         self.idle = []

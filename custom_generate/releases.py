@@ -8,10 +8,9 @@ import inspect
 
 import torch
 import transformers
-from packaging.version import Version
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, cache_utils
 
-if Version(transformers.__version__) < Version("4.57"):
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57):
     raise ImportError(
         "sink_cache needs transformers 4.57 or newer: pip install -U transformers. With 4.52 to 4.56, pass "
         'revision="v1" to `generate`, which loads the last version that they can use.'

@@ -1,4 +1,5 @@
-"""A cache on disk: a safetensors file with its tensors and, in the metadata, its numbers as JSON. Nothing of a file is executed."""
+"""A cache on disk: a safetensors file with its tensors and, in the metadata, its numbers as JSON. Nothing of a file is
+executed."""
 
 import json
 import os
@@ -49,7 +50,8 @@ class Saved:
         if not beside.parent.is_dir():
             raise FileNotFoundError(f"Can't save to {os.fspath(path)}: there is no folder {beside.parent}. Make it first.")
         try:
-            save_file({name: tensor.clone() for name, tensor in self.tensors.items()}, beside, {"sink_cache": json.dumps(self.numbers)})
+            tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}  # some share memory
+            save_file(tensors, beside, {"sink_cache": json.dumps(self.numbers)})
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(beside, path)
@@ -71,17 +73,15 @@ class Saved:
             raise saved.refusal("it is a safetensors file that SinkCache.save has not written, such as the weights of a model")
         if metadata[:1] != "{":  # format 1 begins with a checksum
             raise saved.refusal('it has format 1. Load it with the version of sink_cache that wrote it, revision="v1"')
-        saved.numbers = json.loads(metadata)
+        try:
+            saved.numbers = json.loads(metadata)
+        except ValueError as error:
+            raise saved.refusal(f"it was changed: what it says is no JSON ({error})") from error
         if saved.number("format") != SAVED_FORMAT:
             raise saved.refusal(
                 f"it has format {saved.number('format')}, and this code reads format {SAVED_FORMAT}. Update sink_cache"
             )
         return saved
-
-    @property
-    def arguments(self) -> dict:
-        """Those with which the cache was made."""
-        return self.number("arguments")
 
     def number(self, name: str):
         if name not in self.numbers:
@@ -92,12 +92,14 @@ class Saved:
         """Refuse a cache of another kind than `expected`, or for a model with other settings."""
         for name, value in expected.items():
             value = vars(Quantization.of(value)) if name == "quantized" and value is not None else value
-            if value is not None and value != self.arguments.get(name):
-                raise self.refusal(f"{name} is {self.arguments.get(name)} in the file, and {value} was asked for")
+            there = self.number("arguments").get(name)
+            if value is not None and value != there:
+                raise self.refusal(f"{name} is {there} in the file, and {value} was asked for")
         here, there = settings_of(model), self.number("model")
         for name in here.keys() & there.keys():
             if here[name] != there[name]:
-                raise self.refusal(f"it was made for another model: {name} is {there[name]!r:.80} in the file, and {here[name]!r:.80} here")
+                sides = f"{name} is {there[name]!r:.80} in the file, and {here[name]!r:.80} here"
+                raise self.refusal(f"it was made for another model: {sides}")
 
     def restore(self, stream: Stream, recurrent: RecurrentStates) -> list[int] | None:
         """Fill a new stream. Returns the last token returned for each row."""
@@ -106,7 +108,8 @@ class Saved:
             return None
         unseen = self.number("unseen_token_ids")
         if not all(are_counts(numbers, batch_size) for numbers in (num_seen, base, unseen or [0])) or len(num_seen) != len(base):
-            raise self.refusal(f"{batch_size!r:.50} rows that have seen {num_seen!r:.50} tokens, counted from {base!r:.50}, can't be")
+            counts = f"{num_seen!r:.50} tokens, counted from {base!r:.50}"
+            raise self.refusal(f"{batch_size!r:.50} rows that have seen {counts}, can't be")
         self._restore_recurrent(recurrent, batch_size, stream.ids.slots.device)
         self._check_rotations(stream)
         for name, tensor in self.tensors.items():  # before any memory is allocated
@@ -129,7 +132,8 @@ class Saved:
         flags = self.number("has_previous_state")
         for index, layer in recurrent.layers.items():
             prefix, flag = f"layers.{index}.recurrent.", flags.get(str(index))
-            expected = {f"{prefix}{kind}.{key}" for kind in ("conv_states", "recurrent_states") for key in range(num_states(layer))}
+            kinds = ("conv_states", "recurrent_states")
+            expected = {f"{prefix}{kind}.{key}" for kind in kinds for key in range(num_states(layer))}
             states = {name.removeprefix(prefix): self.tensors.pop(name) for name in expected & self.tensors.keys()}
             if not isinstance(flag, list) or len(flag) != num_states(layer):
                 raise self.refusal(f"layer {index} has {flag!r:.50} states in the file, and {num_states(layer)} in this model")
@@ -162,6 +166,32 @@ class Saved:
 
     def refusal(self, reason: str) -> ValueError:
         return ValueError(f"Can't load {os.fspath(self.path)!r} as a SinkCache: {reason}.")
+
+
+def save_cache(cache, path: str | os.PathLike) -> None:
+    """`SinkCache.save`."""
+    cache.require_model()
+    cache.stream.settle()
+    if cache.stream.current is not None or cache.is_interrupted:
+        raise ValueError(
+            "Can't save in the middle of a pass: it has not been through all layers. Save after the model's forward pass. If it "
+            "was interrupted, run it again first, model(**cache.prepare(...)), or save a copy that was made before."
+        )
+    cache.settle()
+    if cache.model() is None:
+        raise ValueError("Can't save a cache whose model is gone: the file has to say which model can go on from it.")
+    numbers = {"model": settings_of(cache.model()), "arguments": cache.arguments, "unseen_token_ids": cache.unseen_token_ids}
+    Saved.of(cache.stream, cache.recurrent, **numbers).write(path)
+
+
+def load_cache(cls, path: str | os.PathLike, model: torch.nn.Module, expected: dict):
+    """`SinkCache.load`."""
+    saved = Saved.read(path)
+    saved.check_made_for(model, expected)
+    cache = cls.from_model(model, **saved.number("arguments"))
+    cache.unseen_token_ids = saved.restore(cache.stream, cache.recurrent)
+    cache.layers_reached = set(cache.traits.noted_layers)
+    return cache
 
 
 def views_of(stream: Stream) -> dict[str, torch.Tensor]:

@@ -1,14 +1,15 @@
 """A window that never moves in memory, for `torch.compile`: one graph serves every token of a stream.
 
-What a pass over one token has to know stands in tensors (`Cursor`), which are changed in place before the pass: no number in the graph
-changes from token to token. Passes over several tokens are those of `layers.py`.
+What a pass over one token has to know stands in tensors (`Cursor`), which are changed in place before the pass: no number in the
+graph changes from token to token. Passes over several tokens are those of `layers.py`.
 """
 
 import torch
 
-from .layers import Ring, Sinks
+from .layers import Ring
 from .plan import Pass, Plan, as_mask
 from .rotation import rotate
+from .sinks import Sinks
 from .stream import Stream
 from .window import Window
 
@@ -40,7 +41,7 @@ class Cursor:
         self.writes_sinks = min(num_seen) < window.num_sinks
         slots = torch.tensor([[window.slot(seen)] for seen in num_seen], device=self.slots.device)
         if self.writes_sinks or not had_all_sinks:
-            # The token may be a sink. No slot is written twice: a slot that is not in use yet takes the place of the slot of that sink.
+            # The token may be a sink. No slot is written twice: a slot not yet in use takes the place of the slot of that sink.
             sinks = torch.arange(window.num_sinks, device=slots.device)
             slots = torch.cat([torch.where(sinks == slots, window.num_sinks, sinks), slots], dim=1)
         self.slots[:, -slots.shape[1] :].copy_(slots)
@@ -62,7 +63,8 @@ class Cursor:
         self.visible.copy_(as_mask(visible, self.visible.dtype))
 
     def write(self, held: torch.Tensor, new: torch.Tensor) -> None:
-        """Put the token of each row, with the sinks in front of it if they moved, where they go: `[batch, heads, num, head_dim]`."""
+        """Put the token of each row, with the sinks in front of it if they moved, where they go: `[batch, heads, num,
+        head_dim]`."""
         slots = self.slots[:, -new.shape[2] :]
         if len(slots) == 1:
             held.index_copy_(2, slots[0], new)

@@ -3,9 +3,10 @@
 import torch
 from transformers.utils import is_torchdynamo_compiling
 
-from .layers import Ring, SinkLayer, Sinks
+from .layers import Ring, SinkLayer
 from .plan import Pass, Plan
 from .rotation import Rotation
+from .sinks import Sinks
 from .window import Window
 
 KINDS = ("keys", "values")
@@ -14,8 +15,8 @@ KINDS = ("keys", "values")
 class Stream:
     """What the layers of a cache share.
 
-    A pass is open (`current`) from `begin` until the last layer calls `commit`. Lists have one number for each row, or a single number
-    where all rows are alike.
+    A pass is open (`current`) from `begin` until the last layer calls `commit`. Lists have one number for each row, or a single
+    number where all rows are alike.
 
     Args:
         window: the window of layers that have no shorter one of their own.
@@ -40,13 +41,14 @@ class Stream:
         for index, traits in layers.items():
             keeps_native = traits.native_window is not None and traits.native_window <= window.length
             own = Window(traits.native_window, 0) if keeps_native else window  # a layer was trained with its native window
-            kinds = zip(KINDS, traits.rotations, traits.shapes)
-            rings = [self.new_ring(own, rotation, shape, traits.dtype, traits.device, kind=kind) for kind, rotation, shape in kinds]
+            hows = [(rotation, shape, traits.dtype, traits.device) for rotation, shape in zip(traits.rotations, traits.shapes)]
+            rings = [self.new_ring(own, *how, kind=kind) for kind, how in zip(KINDS, hows)]
             self.layers[index] = SinkLayer(own, rings, self, is_sliding=traits.native_window == own.length)
             self.places.setdefault((own, traits.device), ([], []))[0].append(self.layers[index])
             for ring in rings:
                 if own.num_sinks > 0 and not ring.rotation.is_identity:
-                    alike.setdefault((own, traits.device, traits.dtype, ring.slots.shape, ring.rotation.fingerprint), []).append(ring)
+                    key = own, traits.device, traits.dtype, ring.slots.shape, ring.rotation.fingerprint
+                    alike.setdefault(key, []).append(ring)
         self.groups = [self.new_sinks(rings) for rings in alike.values()]
         for place, group in zip(alike, self.groups):
             self.places[place[:2]][1].append(group)
@@ -175,8 +177,8 @@ class Stream:
 def next_base(num_seen: list[int], num_after: list[int], base: list[int], traits, window_length: int) -> list[int]:
     """The base of each row for a pass: rarely raised, and then so that positions go on from `window_length`.
 
-    Positions stay small, so that float32 angles are exact, and the frequencies of all RoPE types are those of short texts. A key is
-    rotated back, and so rounded, at most once in `window_length` tokens.
+    Positions stay small, so that float32 angles are exact, and the frequencies of all RoPE types are those of short texts. A key
+    is rotated back, and so rounded, at most once in `window_length` tokens.
     """
     bases, limit = [], traits.max_positions
     for seen, after, start in zip(num_seen, num_after, base):

@@ -276,7 +276,7 @@ def source_of(root: Path) -> str:
 
 
 def version_of(root: Path, revision: str | None = None) -> str:
-    """The commit that last changed the modules, with the release before it where one is tagged; of the working tree, or of a revision."""
+    """The commit that last changed the modules, with the release before it, if any; of the tree or of a revision."""
     commit = git(root, "log", "-1", "--format=%h", "--abbrev=12", revision or "HEAD", "--", FOLDER)
     tag = git(root, "describe", "--tags", "--abbrev=0", commit) if commit else ""
     changed = "" if revision or not git(root, "status", "--porcelain", "--", FOLDER) else " with changes that are not committed"

@@ -63,7 +63,8 @@ def rings_of(cache: SinkCache) -> list:
 
 def move_ahead(cache: SinkCache, num_tokens: int) -> None:
     """Let that many tokens more have gone by: a multiple of each ring and of the window, so that slots and positions fit."""
-    assert all(num_tokens % length == 0 for window in cache.windows for length in (window.num_recent, cache.window_length))
+    lengths = {cache.window_length} | {ring.window.num_recent for ring in rings_of(cache)}
+    assert all(num_tokens % length == 0 for length in lengths)
     assert all(seen >= cache.window_length for seen in cache.num_tokens_seen_by_row), "a window is still filling"
     cache.stream.num_seen = [seen + num_tokens for seen in cache.stream.num_seen]
     cache.stream.base = [base + num_tokens for base in cache.stream.base]

@@ -102,7 +102,7 @@ def test_a_release_that_says_nothing_where_a_whole_draft_stands(model, noise, mo
 
     def crop_of_5_14(self, num_tokens):
         num_recorded.append(self.stream.num_recorded)
-        is_ours = sys._getframe(1).f_globals["__name__"] == generate.__module__
+        is_ours = sys._getframe(1).f_globals["__name__"].startswith("custom_generate.")
         if is_ours or num_tokens != 0:
             crop(self, num_tokens if is_ours else torch.tensor(num_tokens))
 

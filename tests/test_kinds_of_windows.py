@@ -149,7 +149,7 @@ def test_roll_back_of_offloaded_rows_of_different_lengths(gemma3, sizes):
 def test_an_interrupted_pass_of_an_offloaded_window_can_be_repeated(gemma3):
     cache, ids = offloaded_cache(gemma3), random_ids(60)
     feed(gemma3, cache, ids[:, :40], [40])
-    with interrupted_at(gemma3.gemma3.layers[2]):
+    with interrupted_at(gemma3.model.layers[2]):
         feed(gemma3, cache, ids[:, 40:41], [1])
     expected = oracle_logits(gemma3, ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 40:]
     assert_same(feed(gemma3, cache, ids[:, 40:], [1] * 20), expected)
@@ -484,7 +484,7 @@ def test_what_it_holds_is_bounded_and_counted(model):
         if token > 2 * LENGTH:
             sizes.add(cache.num_bytes_held)
     keys = [layer.rings[0] for layer in cache.layers]
-    num_whole, num_blocks = keys[0].whole.shape[2], keys[0].blocks[0].shape[2]
+    num_whole, num_blocks = keys[0].recent.shape[2], keys[0].blocks[0].shape[2]
     assert num_whole + num_blocks * BLOCK < LENGTH - NUM_SINK_TOKENS + 2 * BLOCK
     assert len(sizes) == 1, "what a pass had to know is let go"
     layers, heads, head_dim = len(cache.layers), 2, 8
@@ -529,7 +529,7 @@ def test_generate_quantized(model):
         ({"backend": None, "nbits": 8}, "nbits=8 can't be used with backend='quanto'. Use one of 2, 4"),
         ({"backend": "fp8", "nbits": 8}, "nbits=8 can't be used with backend='fp8'. Leave it out"),
         ({"axis_key": 1}, "axis_key=1 can't be used with backend='quanto'. Use one of 0, -1"),
-        ({"backend": "HQQ", "axis_value": -1}, "axis_value=-1 can't be used with backend='hqq'. Use one of 0, 1"),
+        ({"backend": "hqq", "axis_value": -1}, "axis_value=-1 can't be used with backend='hqq'. Use one of 0, 1"),
         ({"q_group_size": 12}, "q_group_size must be a positive multiple of 8, got 12"),
         ({"q_group_size": 0}, "q_group_size must be a positive multiple of 8, got 0"),
         ({"residual_length": -1}, "residual_length must be an int of at least 0, got -1"),

@@ -4,6 +4,7 @@ Examples run on the tiny model in place of the models and repositories that they
 wording of a page.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -152,6 +153,11 @@ assert cache.get_seq_length() >= text.shape[1] - 1
     run([sys.executable, "-c", on_the_tiny_model(first + code, copy_of_repository)], tmp_path)
 
 
+@functools.cache
+def help_of(script: str) -> str:
+    return run([sys.executable, script, "--help"], ROOT).stdout
+
+
 @pytest.mark.parametrize("command", list(dict.fromkeys(command for page in PAGES for command in commands(page))))
 def test_every_command_runs(command, copy_of_repository):
     """Measurements run small. Where a command needs another model or the Hub, or takes hours, only its options are compared with the
@@ -164,8 +170,7 @@ def test_every_command_runs(command, copy_of_repository):
         done = run([sys.executable, script, *options], copy_of_repository, input="import os\n/stats\n")
         assert json.loads(done.stdout.strip().splitlines()[-1])
     else:
-        known = run([sys.executable, script, "--help"], copy_of_repository).stdout
-        assert all(option in known for option in options if option.startswith("--"))
+        assert all(option in help_of(script) for option in options if option.startswith("--"))
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -435,6 +440,12 @@ def test_modules_are_listed_in_an_order_in_which_they_can_be_read():
     for number, name in enumerate(order):
         source = (ROOT / "custom_generate" / f"{name}.py").read_text(encoding="utf-8")
         assert set(re.findall(r"^from \.(\w+) import", source, re.MULTILINE)) <= {*order[:number]}, name
+
+
+def test_names_on_the_way_of_a_token_are_names_in_the_code():
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "custom_generate").glob("*.py"))
+    for name in re.findall(r"`([A-Z]\w+(?:\.\w+)?)(?:\([^`]*\))?`", TEXTS[ROOT / "docs" / "how_it_works.md"]):
+        assert re.search(rf"\b{name.rpartition('.')[2]}\b", code), name
 
 
 def test_every_script_is_listed():
