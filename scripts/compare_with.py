@@ -180,7 +180,7 @@ def difference_of_logits(codes: dict[str, ModuleType], family: str) -> float:
 
 
 def functions_called(work, folder: str) -> Counter:
-    """How often each function of the files in a folder is called; generators and, before Python 3.12, comprehensions are functions."""
+    """How often each function of the files in a folder is called; generators, and comprehensions before Python 3.12, are some."""
     called: Counter = Counter()
 
     def note(frame, event, _) -> None:
