@@ -40,6 +40,7 @@ from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
 from .history import unseen_part
 from .inputs import ModelInputs
+from .layers import SinkLayer  # noqa: F401
 from .models import check_is_decoder, check_mode
 from .offloaded import OffloadedStream
 from .options import Call
@@ -53,6 +54,7 @@ from .recurrent import RecurrentStates, layers_of_model
 from .releases import CACHE_NAME, NotesRecurrentLayers, unwrapped
 from .rotation import Rotation  # noqa: F401
 from .saving import load_cache, save_cache
+from .sinks import Sinks  # noqa: F401
 from .static import StaticStream
 from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
