@@ -34,6 +34,8 @@ from .doors import (
     check_same,
     check_tokens,
     check_unprepared,
+    in_use,
+    wrong_rows,
 )
 from .drafting import DraftFeed, check_drafting, drafting_model
 from .feed import BeamFeed, Feed
@@ -236,7 +238,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         if model is not None and model.training:
             check_mode(model)
         if stream.batch_size not in (-1, batch_size):
-            raise ValueError(f"This cache holds {stream.batch_size} rows, and {batch_size} came. Pass as many, or a new cache.")
+            raise wrong_rows(stream.batch_size, batch_size)
         num_seen, base = stream.num_seen, stream.base
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
@@ -486,10 +488,3 @@ def generate(
     if not isinstance(outputs, torch.Tensor):
         setattr(outputs, CACHE_NAME, cache)
     return outputs
-
-
-def in_use() -> ValueError:
-    return ValueError(
-        "This SinkCache is in use by another thread or call, and would mix two texts. Give each text a cache of its own, "
-        "SinkCache.from_model(model, ...), or wait until the other is done."
-    )
