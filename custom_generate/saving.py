@@ -191,7 +191,7 @@ def load_cache(cls, path: str | os.PathLike, model: torch.nn.Module, expected: d
     try:
         cache = cls.from_model(model, **saved.number("arguments"))
     except TypeError as error:
-        raise saved.refusal(f"a cache can't be made with the arguments in it ({error})") from error
+        raise saved.refusal(f"it was changed since it was written ({error})") from error
     cache.unseen_token_ids = saved.restore(cache.stream, cache.recurrent)
     cache.layers_reached = set(cache.traits.noted_layers)
     return cache
