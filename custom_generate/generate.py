@@ -40,6 +40,7 @@ from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
 from .history import unseen_part
 from .inputs import ModelInputs
+from .layers import SinkLayer  # noqa: F401
 from .models import check_is_decoder, check_mode
 from .offloaded import OffloadedStream
 from .options import Call
@@ -53,6 +54,7 @@ from .recurrent import RecurrentStates, layers_of_model
 from .releases import CACHE_NAME, NotesRecurrentLayers, unwrapped
 from .rotation import Rotation  # noqa: F401
 from .saving import load_cache, save_cache
+from .sinks import Sinks  # noqa: F401
 from .static import StaticStream
 from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
@@ -219,10 +221,10 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             check_unprepared(self.traits, stream, key_states.shape[2], key_states.shape[0])
             self._begin(key_states.shape[0], key_states.shape[2], [key_states.shape[2]], is_prepared=False)
         current = stream.current
-        num_rows = current.batch_size * current.num_parts
-        if key_states.shape[2] != current.part_length or key_states.shape[0] != num_rows:
+        num_rows, part_length = current.batch_size * current.num_parts, current.num_columns // current.num_parts
+        if key_states.shape[2] != part_length or key_states.shape[0] != num_rows:
             raise ValueError(
-                f"The pass was prepared for {num_rows} rows of {current.part_length} tokens, and the model brings "
+                f"The pass was prepared for {num_rows} rows of {part_length} tokens, and the model brings "
                 f"{key_states.shape[0]} rows of {key_states.shape[2]}. Call the model with exactly what `prepare` returns."
             )
         stream.has_begun = True

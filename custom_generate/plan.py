@@ -43,7 +43,7 @@ class Pass:
     can_be_repeated: bool = True
     input_ids: torch.Tensor | None = None
 
-    @cached_property
+    @property
     def part_length(self) -> int:
         return self.num_columns // self.num_parts
 
