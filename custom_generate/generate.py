@@ -34,6 +34,8 @@ from .doors import (
     check_same,
     check_tokens,
     check_unprepared,
+    in_use,
+    wrong_rows,
 )
 from .drafting import DraftFeed, check_drafting, drafting_model
 from .feed import BeamFeed, Feed
@@ -76,20 +78,19 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         logits = model(**cache.prepare(input_ids)).logits        # any number of new tokens, padded batches too
         logits = model(input_ids, past_key_values=cache).logits  # one row; one token at a time once the window is full
 
-    does. With the second form the model counts positions by itself, without an end. `prepare` keeps positions small, and so exact
-    in float32 for texts of any length.
+    does. With the second form the model counts positions by itself, without an end. `prepare` keeps positions small, and so
+    exact in float32 for texts of any length.
 
     Args:
         window_length: tokens held, the sinks and the newest token included.
         num_sink_tokens: how many of the first tokens are never evicted. 0 makes a plain sliding window.
-        static: all slots are allocated at once and never move, so that `torch.compile` makes one graph for all tokens.
+        static: slots are allocated at once and never move, so that `torch.compile` makes one graph for all tokens.
         quantized: options of `Quantization` ({} for the defaults). All but the sinks and the most recent tokens is quantized;
             layers with native windows too short for that stay as they are.
         offloaded: all but the sinks is kept in the memory of the host.
 
     Attributes:
-        unseen_token_ids: the last token that `generate` returned for each row: chosen, but not yet processed. None if there is
-            none.
+        unseen_token_ids: the last token that `generate` returned for each row, which is not yet processed; None if there is none.
         num_padding_columns: columns of the text of `generate` that the cache never counted, while drafts are rolled back.
 
     Raises:
@@ -237,8 +238,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         if model is not None and model.training:
             check_mode(model)
         if stream.batch_size not in (-1, batch_size):
-            passed = f"{batch_size} are passed. Pass as many, or a new cache."
-            raise ValueError(f"This cache holds {stream.batch_size} rows, and {passed}")
+            raise wrong_rows(stream.batch_size, batch_size)
         num_seen, base = stream.num_seen, stream.base
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
@@ -290,13 +290,11 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether the last pass has not been through all layers, and can't be repeated: true of every pass with recurrent
-        states."""
+        """Whether the last pass has not been through all layers, and can't be repeated: no pass with recurrent states can."""
         stream, current = self.stream, self.stream.current
         if not self.traits.is_recurrent:
             return current is not None and stream.has_begun and not current.can_be_repeated
-        has_reached_all = not any(stream.num_seen) or self.traits.noted_layers <= self.layers_reached
-        return current is not None or not has_reached_all
+        return current is not None or any(stream.num_seen) and not self.traits.noted_layers <= self.layers_reached
 
     @contextlib.contextmanager
     def in_one_call(self):
@@ -491,10 +489,3 @@ def generate(
     if not isinstance(outputs, torch.Tensor):
         setattr(outputs, CACHE_NAME, cache)
     return outputs
-
-
-def in_use() -> ValueError:
-    return ValueError(
-        "This SinkCache is in use by another thread or call, and would mix two texts. Give each text a cache of its own, "
-        "SinkCache.from_model(model, ...), or wait until the other is done."
-    )

@@ -190,11 +190,11 @@ def save_cache(cache, path: str | os.PathLike) -> None:
 def load_cache(cls, path: str | os.PathLike, model: torch.nn.Module, expected: dict):
     """`SinkCache.load`."""
     saved = Saved.read(path)
-    arguments = saved.number("arguments")
-    if not isinstance(arguments, dict) or arguments.keys() != cls().arguments.keys():
-        raise saved.misfit(f"it is a cache with {arguments!r:.80}")
     saved.check_made_for(model, expected)
-    cache = cls.from_model(model, **arguments)
+    try:
+        cache = cls.from_model(model, **saved.number("arguments"))
+    except TypeError as error:
+        raise saved.refusal(f"it was changed since it was written ({error})") from error
     cache.unseen_token_ids = saved.restore(cache.stream, cache.recurrent)
     cache.layers_reached = set(cache.traits.noted_layers)
     return cache
