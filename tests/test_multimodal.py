@@ -189,7 +189,7 @@ def test_pictures_in_later_turns(model_type, kind):
     """The second and third turn bring pictures over a window that is full, and evict. As the oracle over all merged embeddings."""
     model = build_with_eyes(model_type)
     cache, embeddings, logits, places = SinkCache.from_model(model, 30, NUM_SINK_TOKENS, **kind), [], [], []
-    seen = 0
+    text, seen = torch.zeros(1, 0, dtype=torch.long), 0
     for turn in range(3):
         new, pictures = text_of(model, seed=turn, num_before=4 + turn), pictures_of(model, 1, seed=turn)
         if turn:
