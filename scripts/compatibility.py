@@ -26,10 +26,10 @@ import transformers
 from tqdm import tqdm
 
 from common import ROOT, add_block_arguments, check_or_write_block
-from custom_generate.doors import SUPPORTED_ATTENTION
 from custom_generate.generate import SinkCache
 from custom_generate.options import UNSUPPORTED_OPTIONS
 from custom_generate.rotation import Rotation
+from custom_generate.views import SUPPORTED_ATTENTION
 
 sys.path.insert(0, str(ROOT / "tests"))
 
