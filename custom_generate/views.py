@@ -79,7 +79,10 @@ def _as_in_copy(value, module: torch.nn.Module, copied: torch.nn.Module, attenti
     if isinstance(value, types.MethodType) and value.__self__ is module:
         return types.MethodType(value.__func__, copied)
     if isinstance(value, functools.partial) and value.args and value.args[0] is module:
-        return functools.partial(value.func, copied, *value.args[1:], **value.keywords)
+        rebound = functools.partial(value.func, copied, *value.args[1:], **value.keywords)
+        wrapped = {name: _as_in_copy(each, module, copied, attention, configs) for name, each in vars(value).items()}
+        vars(rebound).update(wrapped)  # its signature
+        return rebound
     return value
 
 

@@ -231,7 +231,7 @@ def test_eager_where_a_model_has_no_sdpa(monkeypatch):
 def test_a_model_whose_attention_can_not_be_chosen(model, monkeypatch):
     """Its layers are of a class for each implementation, as in older releases."""
     other = with_other_attention(model)
-    monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda: False)
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda *_: False)
     with pytest.raises(ValueError, match='was loaded with fails_when_called, .* Load it with from_pretrained.*"sdpa"'):
         generate(random_ids(5), model=other, **WINDOW)
 
