@@ -167,3 +167,14 @@ def check_crop(num_removed: int, stream, traits: ModelTraits) -> None:
             "back to a place in a text, for another answer, make a copy there: copy.deepcopy(cache). For drafts, call "
             "activate_past_recording() before the passes that may be taken back."
         )
+
+
+def in_use() -> ValueError:
+    return ValueError(
+        "This SinkCache is in use by another thread or call, and would mix two texts. Give each text a cache of its own, "
+        "SinkCache.from_model(model, ...), or wait until the other is done."
+    )
+
+
+def wrong_rows(num_rows: int, num_passed: int) -> ValueError:
+    return ValueError(f"This cache holds {num_rows} rows, and {num_passed} are passed. Pass as many, or a new cache.")

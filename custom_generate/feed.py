@@ -164,7 +164,7 @@ class Feed:
     def _default_chunk_size(self, takes_parts: bool) -> int:
         filling, full, undivided = DEFAULT_PREFILL_CHUNK_SIZES
         if self.cache.num_tokens_seen < self.cache.window_length:
-            return filling
+            return filling if self.cache.traits.splits_exactly else self.cache.window_length  # at once, as transformers does
         return max(min(full, MAX_SINK_COPIES // max(self.cache.num_sink_tokens, 1)), undivided) if takes_parts else undivided
 
     def _num_columns_alike(self, rest: Prompt) -> int:

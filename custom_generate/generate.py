@@ -33,12 +33,15 @@ from .doors import (
     check_same,
     check_tokens,
     check_unprepared,
+    in_use,
+    wrong_rows,
 )
 from .drafting import DraftFeed, check_drafting, drafting_model
 from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
 from .history import unseen_part
 from .inputs import ModelInputs
+from .layers import SinkLayer  # noqa: F401
 from .models import check_is_decoder, check_mode
 from .offloaded import OffloadedStream
 from .options import Call
@@ -52,6 +55,7 @@ from .recurrent import RecurrentStates, layers_of_model
 from .releases import CACHE_NAME, NotesRecurrentLayers, unwrapped
 from .rotation import Rotation  # noqa: F401
 from .saving import load_cache, save_cache
+from .sinks import Sinks  # noqa: F401
 from .static import StaticStream
 from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
@@ -74,20 +78,19 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         logits = model(**cache.prepare(input_ids)).logits        # any number of new tokens, padded batches too
         logits = model(input_ids, past_key_values=cache).logits  # one row; one token at a time once the window is full
 
-    does. With the second form the model counts positions by itself, without an end. `prepare` keeps positions small, and so exact
-    in float32 for texts of any length.
+    does. With the second form the model counts positions by itself, without an end. `prepare` keeps positions small, and so
+    exact in float32 for texts of any length.
 
     Args:
         window_length: tokens held, the sinks and the newest token included.
         num_sink_tokens: how many of the first tokens are never evicted. 0 makes a plain sliding window.
-        static: all slots are allocated at once and never move, so that `torch.compile` makes one graph for all tokens.
+        static: slots are allocated at once and never move, so that `torch.compile` makes one graph for all tokens.
         quantized: options of `Quantization` ({} for the defaults). All but the sinks and the most recent tokens is quantized;
             layers with native windows too short for that stay as they are.
         offloaded: all but the sinks is kept in the memory of the host.
 
     Attributes:
-        unseen_token_ids: the last token that `generate` returned for each row: chosen, but not yet processed. None if there is
-            none.
+        unseen_token_ids: the last token that `generate` returned for each row, which is not yet processed; None if there is none.
         num_padding_columns: columns of the text of `generate` that the cache never counted, while drafts are rolled back.
 
     Raises:
@@ -233,10 +236,10 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             check_unprepared(self.traits, stream, key_states.shape[2], key_states.shape[0])
             self._begin(key_states.shape[0], key_states.shape[2], [key_states.shape[2]], is_prepared=False)
         current = stream.current
-        num_rows = current.batch_size * current.num_parts
-        if key_states.shape[2] != current.part_length or key_states.shape[0] != num_rows:
+        num_rows, part_length = current.batch_size * current.num_parts, current.num_columns // current.num_parts
+        if key_states.shape[2] != part_length or key_states.shape[0] != num_rows:
             raise ValueError(
-                f"The pass was prepared for {num_rows} rows of {current.part_length} tokens, and the model brings "
+                f"The pass was prepared for {num_rows} rows of {part_length} tokens, and the model brings "
                 f"{key_states.shape[0]} rows of {key_states.shape[2]}. Call the model with exactly what `prepare` returns."
             )
         stream.has_begun = True
@@ -250,8 +253,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         if model is not None and model.training:
             check_mode(model)
         if stream.batch_size not in (-1, batch_size):
-            passed = f"{batch_size} are passed. Pass as many, or a new cache."
-            raise ValueError(f"This cache holds {stream.batch_size} rows, and {passed}")
+            raise wrong_rows(stream.batch_size, batch_size)
         num_seen, base = stream.num_seen, stream.base
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
@@ -303,13 +305,11 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether the last pass has not been through all layers, and can't be repeated: true of every pass with recurrent
-        states."""
+        """Whether the last pass has not been through all layers, and can't be repeated: no pass with recurrent states can."""
         stream, current = self.stream, self.stream.current
         if not self.traits.is_recurrent:
             return current is not None and stream.has_begun and not current.can_be_repeated
-        has_reached_all = not any(stream.num_seen) or self.traits.noted_layers <= self.layers_reached
-        return current is not None or not has_reached_all
+        return current is not None or any(stream.num_seen) and not self.traits.noted_layers <= self.layers_reached
 
     @contextlib.contextmanager
     def in_one_call(self):
@@ -507,10 +507,3 @@ def generate(
     if not isinstance(outputs, torch.Tensor):
         setattr(outputs, CACHE_NAME, cache)
     return outputs
-
-
-def in_use() -> ValueError:
-    return ValueError(
-        "This SinkCache is in use by another thread or call, and would mix two texts. Give each text a cache of its own, "
-        "SinkCache.from_model(model, ...), or wait until the other is done."
-    )

@@ -188,7 +188,10 @@ def load_cache(cls, path: str | os.PathLike, model: torch.nn.Module, expected: d
     """`SinkCache.load`."""
     saved = Saved.read(path)
     saved.check_made_for(model, expected)
-    cache = cls.from_model(model, **saved.number("arguments"))
+    try:
+        cache = cls.from_model(model, **saved.number("arguments"))
+    except TypeError as error:
+        raise saved.refusal(f"it was changed since it was written ({error})") from error
     cache.unseen_token_ids = saved.restore(cache.stream, cache.recurrent)
     cache.layers_reached = set(cache.traits.noted_layers)
     return cache
