@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from checks import (
     NUM_SINK_TOKENS,
@@ -36,7 +36,11 @@ def fail(*args, **kwargs):
     raise AssertionError("the model's own attention was called")
 
 
-AttentionInterface.register(NAME, fail)
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    ALL_ATTENTION_FUNCTIONS[NAME] = fail
+    yield
+    del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
 def build(kind: str) -> torch.nn.Module:
