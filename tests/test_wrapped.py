@@ -1,7 +1,6 @@
 """Models that something is wrapped around, or that were changed: they give the oracle's logits, or are refused with what to do."""
 
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import transformers
 from checks import WINDOW, assert_same, feed, random_ids
 from custom_generate.generate import SinkCache, generate
 from custom_generate.releases import CACHE_NAME
-from families import allow_local_code, build_model
+from families import build_model
 from oracle import oracle_logits
 
 SIZES = [5, 9, 40] + [1] * 20 + [6]
@@ -25,7 +24,6 @@ def model():
 def from_folder(tiny_model_folder, monkeypatch) -> dict:
     """The arguments with which `generate` of a model is this one."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    exec(allow_local_code(Path(tiny_model_folder)))
     return {"custom_generate": tiny_model_folder, "trust_remote_code": True}
 
 
