@@ -37,6 +37,7 @@ from .releases import (
     uncompiled_copy,
 )
 from .rotation import Rotation, candidate_rotations
+from .views import view_of
 
 logger = logging.get_logger(__name__)
 
@@ -47,25 +48,22 @@ ROTATION_TOLERANCE |= {torch.float16: (4e-3, 4e-2), torch.bfloat16: (1.5e-2, 0.1
 
 # A model's noise is what rounding does to the logits of a text that is moved by single positions: each position has other angles,
 # and each model amplifies their rounding in its own way. Far away, a text may have logits that differ from those at the first
-# positions by so many standard errors of the noise. Measured at windows of 16 to 16,384 in float32, bfloat16 and float16: at most
-# 1.7 where they depend on distances only (SmolLM2, Gemma 3, all families, deep random models), 2.9 or more where they do not.
+# positions by so many standard errors of the noise. Measured at windows of 16 to 16,384 in float32, bfloat16 and float16: at
+# most 1.7 where they depend on distances only (SmolLM2, Gemma 3, all families, deep random models), 2.9 or more elsewhere.
 MAX_STANDARD_ERRORS = 2.4
-# In standard deviations of the logits: a difference too small to matter; noise too large to tell anything from it;
-# and how far two ways to compute one thing (a recurrence by steps or in chunks) may be apart, if not by a few times the noise.
+# In standard deviations of the logits: a difference too small to matter; noise too large to tell anything; how far two ways to
+# compute one thing (a recurrence by steps or in chunks) may be apart, if not by a few times the noise.
 NEGLIGIBLE = {torch.float64: 3e-5, torch.float32: 3e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MAX_NOISE = {torch.float64: 0.03, torch.float32: 0.03, torch.float16: 0.5, torch.bfloat16: 0.5}
 SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 MAX_COMPARED_LOGITS = 4096  # from all over a large vocabulary
-
 NUM_NEIGHBOURS = 6  # neighbouring positions at which a text is shown, near and far
 NUM_COMPARED, NUM_SPLIT = 3, 8  # tokens of a text of which keys are compared, and of one that is split into passes
 
 # Held keys are rotated back when positions reach twice the window; but in 16 bits, where that costs a rounding, not before here:
 # the float32 angles of such positions are still many times finer than the cosines of the model.
 MIN_REBASE_IN_16_BITS = 2**14
-
-# float32 holds every whole number up to here. What a model computes from larger positions is not what they say.
-MAX_EXACT_POSITION = 2**24
+MAX_EXACT_POSITION = 2**24  # float32 holds every whole number up to here
 
 NO_KEYS = "no keys"  # in place of the length of a native window
 CHUNKED = "chunked_attention"  # the type of layers that attend within chunks of the text
@@ -90,7 +88,7 @@ def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
     known = _known_traits.setdefault(model, {})
     key = window_length, model.dtype, model.device
     if key not in known:
-        traits = _find_model_traits(uncompiled_copy(model), window_length)
+        traits = _find_model_traits(uncompiled_copy(view_of(model)), window_length)
         _warn(model, window_length, traits, known)
         known[key] = traits
     return known[key]
@@ -211,8 +209,7 @@ class Probe:
     def _texts(self) -> torch.Tensor:
         """Six texts `[texts, tokens]`, of tokens from all over the vocabulary."""
         embeddings = self.model.get_input_embeddings()
-        # ZeRO-3 leaves a weight of no rows.
-        vocab_size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+        vocab_size = getattr(embeddings, "num_embeddings", None) or len(embeddings.weight)  # ZeRO-3 leaves a weight of no rows
         starts = torch.tensor([[3, 3, 6], [6, 6, 3], [3, 3, 5], [2, 2, 7], [1, 1, 4], [7, 7, 1]]) * vocab_size // 9
         rest = torch.arange(6)[:, None] * 5 + torch.arange(NUM_SPLIT - NUM_COMPARED) * 7 + 2
         return torch.cat([starts, rest * vocab_size // 61], dim=1)
@@ -226,16 +223,15 @@ class Probe:
             raise self._refusal("attention layers do not put their keys and values into its cache", BOUNDED)
         tables = inverse_frequencies(self.model, self.config)
         traits = []
-        for index, (states, native_window) in enumerate(zip(cached, self.native_windows)):
+        for index, ((keys, values), native_window) in enumerate(zip(cached, self.native_windows)):
             if native_window == NO_KEYS:
                 traits.append(None)
                 continue
-            keys, values = states
             if keys.dtype != values.dtype:
                 dtypes = f"keys in {keys.dtype} and values in {values.dtype}"
-                raise self._refusal(f"it has {dtypes} (under autocast?). Put it into one dtype, model.to(dtype)", BOUNDED)
-            rotations = tuple(self._rotation(index, each.cpu(), tables).to(each.device) for each in states)
-            shapes = tuple((each.shape[1], each.shape[3]) for each in states)
+                raise self._refusal(f"it has {dtypes}. Put it into one dtype, model.to(dtype)", BOUNDED)
+            rotations = tuple(self._rotation(index, each.cpu(), tables).to(each.device) for each in (keys, values))
+            shapes = tuple((each.shape[1], each.shape[3]) for each in (keys, values))
             traits.append(LayerTraits(native_window, rotations, shapes, keys.dtype, keys.device))
         return tuple(traits)
 
@@ -277,9 +273,9 @@ class Probe:
         except Exception as error:
             reason = "this release takes no masks for its recurrent and other layers: try a newer one"
             raise self._refusal(reason, FEEDING) from error
-        noted, cache.layers_reached = cache.layers_reached, set()
+        first, cache.layers_reached = cache.layers_reached, set()
         self._ask(cache, slice(1, 3))
-        noted = frozenset(noted & cache.layers_reached)
+        noted = frozenset(first & cache.layers_reached)
         whole = self._split_into(NUM_SPLIT)
         if self._differ(self._split_into(NUM_SPLIT // 2, NUM_SPLIT // 2), whole):
             reason = "its recurrent layers forget their state in a pass of several tokens"
@@ -324,8 +320,7 @@ class Probe:
         }
         inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         logits = self.model(**{name: value for name, value in inputs.items() if name in self.accepted}).logits[:, -1]
-        step = max(logits.shape[-1] // MAX_COMPARED_LOGITS, 1)
-        return self._by_position(logits[:, ::step].float())
+        return self._by_position(logits[:, :: max(logits.shape[-1] // MAX_COMPARED_LOGITS, 1)].float())
 
     def _split_into(self, *sizes: int) -> torch.Tensor:
         """Logits `[texts, positions, vocab]` of the last token of the texts, fed in passes of these sizes."""
@@ -356,10 +351,12 @@ class Probe:
                 if best[0] <= tolerance:
                     break
             misfit, rotation = best
-            # In layer 0 the second `a` must be the first one rotated by one position, else `position_ids` are ignored.
-            step = torch.arange(2) if "position_ids" in self.accepted else torch.zeros(2)
+            # In layer 0 the second `a` must be the first one rotated by one position, else `position_ids` are ignored. (Near
+            # the beginning: far from it, each of the two angles is rounded.)
             if index == 0 and not self.is_recurrent and misfit <= tolerance:
-                misfit = rotation.misfit(states[:, :, :2].transpose(1, 2), step)
+                step = torch.arange(2) if "position_ids" in self.accepted else torch.zeros(2)
+                near = self._by_position(states[:, :, :2])[:, :NUM_NEIGHBOURS].flatten(0, 1)
+                misfit = rotation.misfit(near.transpose(1, 2), step)
             if misfit <= (tolerance if index == 0 else deep_tolerance):
                 return rotation
         reason = f"no known rotation explains how the keys of layer {index} change with their position"
@@ -382,13 +379,11 @@ class Probe:
         """Whatever goes wrong in a first look at a model is a reason to refuse it; but not that memory is short."""
         try:
             yield
-        except OUT_OF_MEMORY:
-            raise
-        except Exception as error:
-            if "can't allocate memory" in str(error):  # torch says it of a CPU in a RuntimeError
+        except Exception as error:  # torch says it of a CPU in a RuntimeError
+            if isinstance(error, OUT_OF_MEMORY) or "can't allocate memory" in str(error):
                 raise
-            reason = f"a first look at how it caches keys failed ({type(error).__name__}: {error})"
-            raise self._refusal(reason, BOUNDED) from error
+            error_text = f"{type(error).__name__}: {error}"
+            raise self._refusal(f"a first look at how it caches keys failed ({error_text})", BOUNDED) from error
 
     def _too_long(self, why: str) -> ValueError:
         return ValueError(f"window_length={self.window_length} is too long for {self.name}{why}")
@@ -399,7 +394,6 @@ class Probe:
 
 
 def rms(values: torch.Tensor) -> torch.Tensor:
-    """Root mean square over the last dimension."""
     return values.square().mean(-1).sqrt()
 
 

@@ -24,8 +24,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 if "cache" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
     CACHE_NAMES = CACHE_NAMES[::-1]
 CACHE_NAME = CACHE_NAMES[0]
-# What is raised where memory is short; torch's own has moved to the top in 2.5.
-OUT_OF_MEMORY = MemoryError, getattr(torch, "OutOfMemoryError", None) or torch.cuda.OutOfMemoryError
+OUT_OF_MEMORY = MemoryError, torch.cuda.OutOfMemoryError  # since torch 2.5 also torch.OutOfMemoryError
 
 
 def cache_name(accepted) -> str:
@@ -38,16 +37,18 @@ def layer_class(name: str) -> type:
     return getattr(cache_utils, name, None) or type(name, (), {})
 
 
-DynamicSlidingWindowLayer = layer_class("DynamicSlidingWindowLayer")
 IndexedLayer = layer_class("DynamicIndexedLayer")
 LinearAttentionLayer = layer_class("LinearAttentionLayer")
 DummyLayer = layer_class("DummyLayer")
 FULL_ATTENTION = layer_class("DynamicLayer"), layer_class("LinearAttentionAndFullAttentionLayer")
-SLIDING_ATTENTION = DynamicSlidingWindowLayer, layer_class("LinearAttentionAndSlidingWindowAttentionLayer")
+SLIDING_ATTENTION = (
+    layer_class("DynamicSlidingWindowLayer"),
+    layer_class("LinearAttentionAndSlidingWindowAttentionLayer"),
+)
 
 
 def own_layers(config) -> list:
-    """The layers of the cache that the model's own `generate` would make, new."""
+    """New layers, as in the cache that the model's own `generate` would make."""
     return DynamicCache(config=config).layers
 
 

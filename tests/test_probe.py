@@ -174,6 +174,11 @@ def test_tiny_windows(window_length):
     assert model_traits(dynamic, window_length).max_positions == 2 * window_length
 
 
+def test_a_window_as_long_as_float32_allows():
+    """Each angle of a position of half a million is off by a hundredth of a radian, which is no rotation of the model's own."""
+    assert refusal(llama(), 2**18) is None
+
+
 # Texts in passes
 
 RECURRENT = ["bamba", "falcon_h1", "granitemoehybrid", "lfm2", "qwen3_next", "zamba2", "nemotron_h", "jamba", "zamba"]
