@@ -39,7 +39,7 @@ class Ring:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything that the ring holds."""
-        return [self.slots, *(overwritten for _, overwritten in self.log)]
+        return [self.slots, *(tensor for written, overwritten in self.log for tensor in (*written, overwritten))]
 
     @property
     def recent(self) -> torch.Tensor:
