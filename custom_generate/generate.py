@@ -25,7 +25,6 @@ import torch
 
 # transformers up to 5.5 copies only the modules that THIS file imports: name all of them here.
 from .doors import (
-    check_attention,
     check_crop,
     check_model,
     check_numbers,
@@ -34,18 +33,21 @@ from .doors import (
     check_same,
     check_tokens,
     check_unprepared,
+    in_use,
+    wrong_rows,
 )
 from .drafting import DraftFeed, check_drafting, drafting_model
 from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
 from .history import unseen_part
 from .inputs import ModelInputs
+from .layers import SinkLayer  # noqa: F401
 from .models import check_is_decoder, check_mode
 from .offloaded import OffloadedStream
 from .options import Call
 from .plan import Pass
 from .probe import model_traits
-from .prompt import whole_prompt
+from .prompt import whole_prompt, with_pictures
 from .quantization import Quantization
 from .quantized import QuantizedStream
 from .reading import ReadableCache
@@ -53,9 +55,11 @@ from .recurrent import RecurrentStates, layers_of_model
 from .releases import CACHE_NAME, NotesRecurrentLayers, unwrapped
 from .rotation import Rotation  # noqa: F401
 from .saving import load_cache, save_cache
+from .sinks import Sinks  # noqa: F401
 from .static import StaticStream
 from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
+from .views import check_attention, view_of, viewed
 from .window import Window  # noqa: F401
 
 DEFAULT_WINDOW_LENGTH = 256
@@ -74,20 +78,19 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         logits = model(**cache.prepare(input_ids)).logits        # any number of new tokens, padded batches too
         logits = model(input_ids, past_key_values=cache).logits  # one row; one token at a time once the window is full
 
-    does. With the second form the model counts positions by itself, without an end. `prepare` keeps positions small, and so exact
-    in float32 for texts of any length.
+    does. With the second form the model counts positions by itself, without an end. `prepare` keeps positions small, and so
+    exact in float32 for texts of any length.
 
     Args:
         window_length: tokens held, the sinks and the newest token included.
         num_sink_tokens: how many of the first tokens are never evicted. 0 makes a plain sliding window.
-        static: all slots are allocated at once and never move, so that `torch.compile` makes one graph for all tokens.
+        static: slots are allocated at once and never move, so that `torch.compile` makes one graph for all tokens.
         quantized: options of `Quantization` ({} for the defaults). All but the sinks and the most recent tokens is quantized;
             layers with native windows too short for that stay as they are.
         offloaded: all but the sinks is kept in the memory of the host.
 
     Attributes:
-        unseen_token_ids: the last token that `generate` returned for each row: chosen, but not yet processed. None if there is
-            none.
+        unseen_token_ids: the last token that `generate` returned for each row, which is not yet processed; None if there is none.
         num_padding_columns: columns of the text of `generate` that the cache never counted, while drafts are rolled back.
 
     Raises:
@@ -132,6 +135,18 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         cache.bind(model)
         return cache
 
+    @staticmethod
+    def model_for(model: torch.nn.Module) -> torch.nn.Module:
+        """What to call in a loop of one's own. The model itself, if its attention takes masks (eager, sdpa); else a view of it
+        that attends with sdpa, shares all weights, and leaves the model as it is: `model = SinkCache.model_for(model)`.
+
+        Raises:
+            ValueError: the attention of this model can't be chosen once it is loaded.
+        """
+        inner = unwrapped(model)
+        view = view_of(inner)
+        return model if view is inner else view
+
     def empty_like(self) -> "SinkCache":
         """A new cache of the same window and kind, which serves no model yet."""
         return type(self)(**self.arguments)
@@ -142,11 +157,13 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         Raises:
             ValueError: the rules can't be kept for this model, or the cache serves another one.
         """
-        model = unwrapped(model)
-        check_attention(model)
+        called = unwrapped(model)
+        called_config, model = called.config.get_text_config(decoder=True), viewed(called)
+        check_attention(called_config)
         check_mode(model)
         if self.traits is not None:
             check_same(model, self.model(), *self._bound_as)
+            self.inputs.config = called_config
             return
         traits = model_traits(model, self.window_length)
         kind = StaticStream if self.is_static else OffloadedStream if self.is_offloaded else Stream
@@ -154,7 +171,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             kind = functools.partial(QuantizedStream, quantization=self.quantization)
         stream = kind(self.window, {index: layer for index, layer in enumerate(traits.layers) if layer is not None})
         check_model(model, traits, {index: layer.window for index, layer in stream.layers.items()}, self.is_static)
-        self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, traits, stream)
+        self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, called_config, traits, stream)
         self.model, self._bound_as = weakref.ref(model), (model.dtype, model.device)
         self._make_layers()
 
@@ -219,10 +236,10 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             check_unprepared(self.traits, stream, key_states.shape[2], key_states.shape[0])
             self._begin(key_states.shape[0], key_states.shape[2], [key_states.shape[2]], is_prepared=False)
         current = stream.current
-        num_rows = current.batch_size * current.num_parts
-        if key_states.shape[2] != current.part_length or key_states.shape[0] != num_rows:
+        num_rows, part_length = current.batch_size * current.num_parts, current.num_columns // current.num_parts
+        if key_states.shape[2] != part_length or key_states.shape[0] != num_rows:
             raise ValueError(
-                f"The pass was prepared for {num_rows} rows of {current.part_length} tokens, and the model brings "
+                f"The pass was prepared for {num_rows} rows of {part_length} tokens, and the model brings "
                 f"{key_states.shape[0]} rows of {key_states.shape[2]}. Call the model with exactly what `prepare` returns."
             )
         stream.has_begun = True
@@ -231,12 +248,12 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     def _begin(self, batch_size: int, num_columns: int, num_new: list[int], num_parts=1, input_ids=None, is_prepared=True):
         """Decide all that a pass does. Nothing is changed before everything has been checked."""
         self.settle()
+        check_attention(self.inputs.config)
         stream, traits, model = self.stream, self.traits, self.model()
         if model is not None and model.training:
             check_mode(model)
         if stream.batch_size not in (-1, batch_size):
-            passed = f"{batch_size} are passed. Pass as many, or a new cache."
-            raise ValueError(f"This cache holds {stream.batch_size} rows, and {passed}")
+            raise wrong_rows(stream.batch_size, batch_size)
         num_seen, base = stream.num_seen, stream.base
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
@@ -250,7 +267,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         quantizes = self.quantization is not None and num_columns > 1
         can_be_repeated = not (evicts or quantizes or traits.is_recurrent)
         flags = traits.is_ordered, is_prepared, stream.is_recording, can_be_repeated
-        current = Pass(*counts, batch_size, num_columns, num_parts, *flags, input_ids)
+        current = Pass(*counts, batch_size, num_columns, num_parts, *flags)
         check_pass(current, traits, self.window_length, evicts)
         if traits.is_recurrent:
             self.recurrent.check(current)
@@ -259,7 +276,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             self.recurrent.begin(current)
             self.layers_reached = set()
         self.unseen_token_ids = None
-        stream.begin(current)
+        stream.begin(current, input_ids)
 
     def settle(self, is_reset: bool = False) -> None:
         """Before anything is changed: make the last pass part of what was seen, or give it up if it was interrupted.
@@ -288,13 +305,11 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether the last pass has not been through all layers, and can't be repeated: true of every pass with recurrent
-        states."""
+        """Whether the last pass has not been through all layers, and can't be repeated: no pass with recurrent states can."""
         stream, current = self.stream, self.stream.current
         if not self.traits.is_recurrent:
             return current is not None and stream.has_begun and not current.can_be_repeated
-        has_reached_all = not any(stream.num_seen) or self.traits.noted_layers <= self.layers_reached
-        return current is not None or not has_reached_all
+        return current is not None or any(stream.num_seen) and not self.traits.noted_layers <= self.layers_reached
 
     @contextlib.contextmanager
     def in_one_call(self):
@@ -302,9 +317,12 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         user = threading.get_ident(), object()
         if vars(self).setdefault("_in_call", user) is not user:  # one step, whatever other threads do
             raise in_use()
+        config = self.inputs and self.inputs.config
         try:
             yield
         finally:
+            if self.inputs is not None:  # the view of the call ends with it
+                self.inputs.config = config or self.inputs.own_config
             if self.stream is not None:
                 self.stream.settle()
                 if self.stream.current is not None and not self.is_interrupted:
@@ -413,7 +431,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     @torch.inference_mode(False)  # the copy can be changed in any mode
     def __deepcopy__(self, memo) -> "SinkCache":
         self.settle()
-        memo |= {id(shared): shared for shared in (self.traits, self.inputs and self.inputs.config)}
+        memo |= {id(shared): shared for shared in (self.traits, *(self.inputs.configs if self.inputs else ()))}
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy({name: each for name, each in vars(self).items() if name != "_in_call"}, memo))
         return copied
@@ -459,11 +477,12 @@ def generate(
             is as before.
     """
     model = unwrapped(model)
+    check_is_decoder(model)
+    model = view_of(model)
     kwargs |= {"inputs": inputs, "generation_config": generation_config, "assistant_model": assistant_model, "streamer": streamer}
     kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "synced_gpus": synced_gpus}
     kwargs |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "prefill_chunk_size": prefill_chunk_size}
     kwargs |= {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
-    check_is_decoder(model)
     call = Call(model, kwargs)
     call.refuse_unsupported()
     cache = call.cache_to_continue()
@@ -474,6 +493,7 @@ def generate(
         unseen = unseen_part(prompt, cache, call.num_copies)
         guidance = Guidance.of(call, cache, prompt)
         cache.bind(model)
+        unseen = with_pictures(unseen, prompt, call, cache)
         feed_arguments, others = (model, cache, unseen, call.chunk_size, call.is_synced), {}
         if call.is_assisted:
             check_drafting(call, cache, prompt)
@@ -488,10 +508,3 @@ def generate(
     if not isinstance(outputs, torch.Tensor):
         setattr(outputs, CACHE_NAME, cache)
     return outputs
-
-
-def in_use() -> ValueError:
-    return ValueError(
-        "This SinkCache is in use by another thread or call, and would mix two texts. Give each text a cache of its own, "
-        "SinkCache.from_model(model, ...), or wait until the other is done."
-    )

@@ -27,7 +27,6 @@ class Pass:
         is_prepared: positions and masks come from `prepare`, not from the model.
         is_recorded: what the pass evicts is kept, so that it can be rolled back.
         can_be_repeated: nothing that a second try needs is overwritten.
-        input_ids: `[batch, num_columns]`, None if they are not known.
     """
 
     num_seen: list[int]
@@ -41,10 +40,10 @@ class Pass:
     is_prepared: bool = True
     is_recorded: bool = False
     can_be_repeated: bool = True
-    input_ids: torch.Tensor | None = None
 
-    @cached_property
+    @property
     def part_length(self) -> int:
+        """Columns of a part."""
         return self.num_columns // self.num_parts
 
 
@@ -52,17 +51,13 @@ class Plan:
     """What a pass does in the layers of one window: decided once, carried out alike in every layer.
 
     There are two kinds. Where nothing that a query of the pass needs is evicted by it (the window is filling, or there is a
-    single new token), the new tokens are written to their slots, and the slots are handed out as they are. Else the queries need
-    the sinks at different distances, and tokens that later queries evict. Such a pass is handed
+    single new token), the new tokens are written to their slots, and the slots are handed out as they are. Else the queries
+    need the sinks at different distances, and tokens that later queries evict. Such a pass is handed
 
         [ the sinks as query 0 sees them | ... as query n-1 sees them | recent tokens as before the pass | new tokens ]
 
-    with a mask in which each query sees its own copy of the sinks.
-
-    A long pass over full windows may come in parts: `num_parts` rows of the batch for each row of the cache. Each part of the new
-    tokens is handed the copies of the sinks for its own queries, and only the tokens that they see. So attention costs little
-    more than over the window, while the rest of the model works on many tokens at once. All windows are full then, and no column
-    is padding.
+    with a mask in which each query sees its own copy of the sinks. A long pass over full windows may come in parts: each part of
+    the new tokens is a row of the batch, with the copies of the sinks for its own queries and only the tokens that they see.
 
     Attributes:
         num_held: slots in use after the pass, of the row that has the most.
@@ -70,7 +65,7 @@ class Plan:
         is_causal: each query sees all that is handed out before it, and all rows are alike.
         can_be_undone: rolling back the pass restores the window, because no new token has evicted another new token.
         recent_before: the slots of recent tokens that are in use before the pass.
-        rows, slots, columns: what is written: column `columns[i]` of row `rows[i]` goes to slot `slots[i]`. Slices where they do.
+        rows, slots, columns: column `columns[i]` of row `rows[i]` is written to slot `slots[i]`. Slices where that is possible.
         shifts: how far the sinks are moved: a number for each row (a list), or for each query, `[rows, columns]`.
         order: slots in the order of their tokens, `[rows, num_held]`, for an ordered pass. Else None.
     """
@@ -103,11 +98,15 @@ class Plan:
         else:
             self.rows, self.slots, self.columns = self._entries()
 
-    # Tokens and slots
+    def release(self) -> None:
+        """After the pass, only numbers are needed."""
+        for name in [name for name, value in vars(self).items() if isinstance(value, torch.Tensor | tuple)]:
+            del vars(self)[name]
+
+    # Tokens and slots. All tensors have one row for each row of the batch, or a single row.
 
     @cached_property
     def _num_seen(self) -> torch.Tensor:
-        """`[rows, 1]`"""
         return torch.tensor(self.current.num_seen, device=self.device)[:, None]
 
     @cached_property

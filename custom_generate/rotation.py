@@ -10,13 +10,9 @@ import torch
 class Rotation:
     """Rotary position embedding (https://arxiv.org/abs/2104.09864) as a model applies it to the keys of a layer.
 
-    Dimension i of a key turns together with dimension `partner[i]`, by `frequency[i]` radians per position. The two dimensions of
-    a pair carry opposite signs, and a dimension that does not turn has frequency 0. This covers halves and interleaved pairs,
-    leading, trailing or all dimensions, either direction, and no rotation at all.
-
-    Attributes:
-        frequency: float32, `[head_dim]`
-        partner: int64, `[head_dim]`
+    Dimension i of a key turns with dimension `partner[i]` (int64 `[head_dim]`), by `frequency[i]` (float32 `[head_dim]`) radians
+    per position. The two dimensions of a pair carry opposite signs, and a dimension that does not turn has frequency 0. This
+    covers halves and interleaved pairs, leading, trailing or all dimensions, either direction, and no rotation at all.
     """
 
     frequency: torch.Tensor

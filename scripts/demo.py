@@ -85,6 +85,7 @@ def main() -> None:
         window_length=args.window_length,
         num_sink_tokens=args.num_sink_tokens,
         max_new_tokens=args.max_new_tokens,
+        min_new_tokens=args.max_new_tokens,  # a text that the model would end goes on with another one
         streamer=streamer,
         return_dict_in_generate=True,
         **sampling,

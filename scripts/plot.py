@@ -336,9 +336,10 @@ def draw_perplexity_by_position(plt, path: Path, rows: list[Row]) -> None:
         marks.setdefault(TRAINED_LENGTHS[rows[0]["model"]], "its trained length")
     for length, text in marks.items():
         axes.axvline(length, color="#222222", linewidth=1, linestyle=(0, (4, 3)))
+        is_near_left = length < 0.05 * axes.get_xlim()[1]  # where the text has no room before the line
         axes.annotate(
-            text, (length, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3), textcoords="offset points", rotation=90,
-            ha="right", va="top", size=9, color="#222222",
+            text, (length, 1), xycoords=("data", "axes fraction"), xytext=(4 if is_near_left else -4, -3),
+            textcoords="offset points", rotation=90, ha="left" if is_near_left else "right", va="top", size=9, color="#222222",
         )  # fmt: skip
     figure.canvas.draw()
     label_ends(axes, ends)

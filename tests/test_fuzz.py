@@ -29,8 +29,9 @@ from packaging.version import Version
 
 from checks import assert_same, interrupted_at, left_padded, move_ahead, random_ids
 from custom_generate.generate import SinkCache, generate
-from custom_generate.layers import MIN_SLOTS, NUM_SHIFTS_AHEAD
+from custom_generate.layers import MIN_SLOTS
 from custom_generate.releases import MODELS_ASK_FOR_QUERY_OFFSET
+from custom_generate.sinks import NUM_SHIFTS_AHEAD
 from families import EAGER_ONLY, FAMILIES, ORDERED, TRANSFORMERS, build_model, is_refused
 from oracle import GrowingOracle, Text, oracle_logits
 from zoo import ZOO_RELEASE, build_zoo_model

@@ -10,7 +10,7 @@ from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed
 from common import stdlib_text
 from custom_generate import probe
 from custom_generate.generate import SinkCache
-from custom_generate.layers import NUM_SHIFTS_AHEAD
+from custom_generate.sinks import NUM_SHIFTS_AHEAD
 from families import FAMILIES, TRANSFORMERS, build_model
 from oracle import native_windows, oracle_logits
 
@@ -117,7 +117,7 @@ def test_in_bfloat16_the_error_does_not_grow_with_age(name, tiny_model, tokenize
 def test_a_rebase_costs_one_rounding(monkeypatch):
     """In 16 bits, positions are rarely lowered, since the keys are rotated and rounded then. Made to happen every window here, it costs a
     rounding and no more."""
-    monkeypatch.setattr(probe, "MIN_TURN_IN_16_BITS", 0)
+    monkeypatch.setattr(probe, "MIN_REBASE_IN_16_BITS", 0)
     model, input_ids = build_model("qwen3", num_hidden_layers=2), random_ids(400)
     exact = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -80:]
     model = model.to(torch.bfloat16)
