@@ -84,7 +84,8 @@ def refusal(model, window_length: int) -> str | None:
 @pytest.mark.parametrize("window_length", [16, *WINDOWS])
 def test_a_deep_model_that_amplifies_rounding_is_accepted(window_length, dtype):
     """Its logits differ from place to place by a hundred times what a fixed tolerance allows, and depend on distances only."""
-    assert refusal(in_dtype(llama(8, 512, 0.3), dtype), window_length) is None
+    model = llama(8, 512, 0.3, vocab_size=1000, num_attention_heads=8, num_key_value_heads=4)
+    assert refusal(in_dtype(model, dtype), window_length) is None
 
 
 @pytest.mark.parametrize("seed", range(6))
