@@ -7,8 +7,8 @@ import torch
 from transformers import StoppingCriteriaList
 
 from .doors import count_tokens
-from .options import without_our_options
-from .prompt import Prompt
+from .options import PICTURES, TOKEN_TYPES, without_our_options
+from .prompt import SEE_EACH_OTHER, Prompt
 from .releases import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -77,7 +77,7 @@ class Feed:
         @functools.wraps(model.prepare_inputs_for_generation)
         def prepare_inputs_for_generation(input_ids, *args, **kwargs):
             others = model.prepare_inputs_for_generation(input_ids[:, -1:], *args, **kwargs | {CACHE_NAME: None})
-            others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
+            others = {name: value for name, value in others.items() if not (name in PREPARED_INPUTS or name.startswith(PICTURES))}
             return others | self._inputs_of_next_pass(input_ids, others)
 
         def update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs):
@@ -144,11 +144,11 @@ class Feed:
         others = {name: value for name, value in others.items() if not name.startswith("output_")}
         uncompiled = uncompiled_copy(self.model)
         while True:
-            takes_parts = cache.takes_parts and rest.begins_without_padding
+            takes_parts = cache.takes_parts and rest.begins_without_padding and not rest.pictures
             size = self.chunk_size or self._default_chunk_size(takes_parts)
-            size = min(size, cache.num_columns_at_once, self._num_columns_alike(rest))
+            size = rest.num_columns if rest.pictures else min(size, cache.num_columns_at_once, self._num_columns_alike(rest))
             longest_last = min(size, cache.window.part_length) if takes_parts else size
-            is_last = rest.num_columns <= (self.num_last or longest_last)
+            is_last = not rest.pictures and rest.num_columns <= (self.num_last or longest_last)
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.is_synced, device=rest.tokens.device):
                 return rest
             if is_last:
@@ -159,7 +159,10 @@ class Feed:
                 size -= size % cache.window.part_length
             chunk, rest = rest.split(size)
             num_parts = cache.num_parts_of(size) if takes_parts else 1
-            uncompiled(**others | cache.prepare(**chunk.arguments, num_parts=num_parts))
+            inputs = cache.prepare(**chunk.arguments, num_parts=num_parts)
+            if inputs["attention_mask"] is not None and not chunk.pictures.keys().isdisjoint(TOKEN_TYPES):
+                raise ValueError(f"{max(chunk.pictures)} can't be used with SinkCache: {SEE_EACH_OTHER}.")
+            uncompiled(**others | chunk.pictures | inputs)
 
     def _default_chunk_size(self, takes_parts: bool) -> int:
         filling, full, undivided = DEFAULT_PREFILL_CHUNK_SIZES

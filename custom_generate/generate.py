@@ -47,7 +47,7 @@ from .offloaded import OffloadedStream
 from .options import Call
 from .plan import Pass
 from .probe import model_traits
-from .prompt import whole_prompt
+from .prompt import whole_prompt, with_pictures
 from .quantization import Quantization
 from .quantized import QuantizedStream
 from .reading import ReadableCache
@@ -493,6 +493,7 @@ def generate(
         unseen = unseen_part(prompt, cache, call.num_copies)
         guidance = Guidance.of(call, cache, prompt)
         cache.bind(model)
+        unseen = with_pictures(unseen, prompt, call, cache)
         feed_arguments, others = (model, cache, unseen, call.chunk_size, call.is_synced), {}
         if call.is_assisted:
             check_drafting(call, cache, prompt)
