@@ -59,7 +59,7 @@ from .sinks import Sinks  # noqa: F401
 from .static import StaticStream
 from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
-from .views import check_attention, view_of, viewed
+from .views import check_attention, model_for, view_of, viewed
 from .window import Window  # noqa: F401
 
 DEFAULT_WINDOW_LENGTH = 256
@@ -135,17 +135,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         cache.bind(model)
         return cache
 
-    @staticmethod
-    def model_for(model: torch.nn.Module) -> torch.nn.Module:
-        """What to call in a loop of one's own. The model itself, if its attention takes masks (eager, sdpa); else a view of it
-        that attends with sdpa, shares all weights, and leaves the model as it is: `model = SinkCache.model_for(model)`.
-
-        Raises:
-            ValueError: the attention of this model can't be chosen once it is loaded.
-        """
-        inner = unwrapped(model)
-        view = view_of(inner)
-        return model if view is inner else view
+    model_for = staticmethod(model_for)
 
     def empty_like(self) -> "SinkCache":
         """A new cache of the same window and kind, which serves no model yet."""
@@ -158,12 +148,12 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             ValueError: the rules can't be kept for this model, or the cache serves another one.
         """
         called = unwrapped(model)
-        called_config, model = called.config.get_text_config(decoder=True), viewed(called)
-        check_attention(called_config)
+        config, model = called.config.get_text_config(decoder=True), viewed(called)
+        check_attention(config)
         check_mode(model)
         if self.traits is not None:
             check_same(model, self.model(), *self._bound_as)
-            self.inputs.config = called_config
+            self.inputs.config = config
             return
         traits = model_traits(model, self.window_length)
         kind = StaticStream if self.is_static else OffloadedStream if self.is_offloaded else Stream
@@ -171,7 +161,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             kind = functools.partial(QuantizedStream, quantization=self.quantization)
         stream = kind(self.window, {index: layer for index, layer in enumerate(traits.layers) if layer is not None})
         check_model(model, traits, {index: layer.window for index, layer in stream.layers.items()}, self.is_static)
-        self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, called_config, traits, stream)
+        self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, config, traits, stream)
         self.model, self._bound_as = weakref.ref(model), (model.dtype, model.device)
         self._make_layers()
 
@@ -476,9 +466,8 @@ def generate(
         ValueError: something passed can't be processed exactly. The message names it; the model has not been run, and the cache
             is as before.
     """
-    model = unwrapped(model)
+    model = view_of(unwrapped(model))
     check_is_decoder(model)
-    model = view_of(model)
     kwargs |= {"inputs": inputs, "generation_config": generation_config, "assistant_model": assistant_model, "streamer": streamer}
     kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "synced_gpus": synced_gpus}
     kwargs |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "prefill_chunk_size": prefill_chunk_size}
