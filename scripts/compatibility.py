@@ -289,7 +289,7 @@ AROUND = [
     Row(("`transformers serve`, `transformers chat`",), WORKS, "", "test_readme.py::test_a_chat_with_the_server_is_answered_from_the_window"),
     Row(("`torch.compile`",), WORKS, "the static mode", "test_static.py::test_a_model_that_the_user_compiled"),
     Row(("a copy of a cache",), WORKS, "`copy.deepcopy`", "test_cache.py::test_a_deep_copy_goes_on_by_itself"),
-    Row(("saving and loading a cache",), WORKS, "`cache.save`, `SinkCache.load`; also quantized or offloaded", "test_state.py::test_it_goes_on_with_the_same_bits"),
+    Row(("saving and loading a cache",), WORKS, "`cache.save`, `SinkCache.load`; also quantized or offloaded", "test_state.py::test_every_kind_of_window_goes_on_with_the_same_bits"),
     Row(("several threads",), WORKS, "each with its own cache", "test_threads.py::test_streams_in_threads_do_not_touch_each_other"),
     Row(("PEFT adapters",), WORKS, "prompt tuning and prefix tuning are refused", "test_wrapped.py::test_adapters"),
     Row(("`device_map`",), WORKS, "layers on several devices, weights in the memory of the host or on disk", "test_devices.py::test_weights_that_are_offloaded"),

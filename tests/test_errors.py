@@ -331,7 +331,7 @@ def test_a_release_that_is_too_old(monkeypatch):
     """Refused by its number, as soon as the code is loaded, and not by the first thing that it lacks."""
     for name in [name for name in sys.modules if name.startswith("custom_generate.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(transformers, "__version__", "4.56.2")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.56.2")
     with pytest.raises(ImportError, match="4.57 or newer.*pip install"):
         importlib.import_module("custom_generate.generate")
 
