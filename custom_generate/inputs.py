@@ -11,15 +11,25 @@ from .stream import Stream
 
 
 class ModelInputs:
-    """The arguments of a model, made from the plans of a pass."""
+    """The arguments of a model, made from the plans of a pass.
 
-    def __init__(self, model: torch.nn.Module, traits: ModelTraits, stream: Stream):
-        self.config, self.traits, self.stream = model.config.get_text_config(decoder=True), traits, stream
+    Attributes:
+        own_config: the model's own config (of its text).
+        config: that of what is called, the model or its view (`view_of`). It says which form the masks have.
+    """
+
+    def __init__(self, model: torch.nn.Module, config, traits: ModelTraits, stream: Stream):
+        self.own_config, self.config = model.config.get_text_config(decoder=True), config
+        self.traits, self.stream = traits, stream
         self.accepted = frozenset(inspect.signature(model.forward).parameters)
         self.cache_name = cache_name(self.accepted)
         self.masked_layers = {}  # under each name of a mask, a layer that takes it (None: one mask for all layers)
         for index, layer in stream.layers.items():
             self.masked_layers.setdefault(traits.layer_types[index] if traits.layer_types else None, layer)
+
+    @property
+    def configs(self) -> tuple:
+        return self.own_config, self.config
 
     def of_pass(self, tokens: torch.Tensor, name: str) -> dict:
         """Everything but the cache, for the open pass. `tokens` are ids or embeddings, `[batch, num_columns, ...]`."""
@@ -29,7 +39,7 @@ class ModelInputs:
         inputs = {name: tokens, "use_cache": True, "attention_mask": self._attention_mask(current, tokens.device)}
         if "position_ids" in self.accepted:
             inputs["position_ids"] = position_ids(current, tokens.device)
-        if "cache_position" in self.accepted and (self.traits.is_chunked or self.stream.ids_plan.is_in_tensors):
+        if "cache_position" in self.accepted and (self.traits.is_chunked or self.stream.plans[0].is_in_tensors):
             inputs["cache_position"] = inputs["position_ids"][0]  # else the model makes it of numbers, constants for a graph
         return inputs
 

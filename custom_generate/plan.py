@@ -27,7 +27,6 @@ class Pass:
         is_prepared: positions and masks come from `prepare`, not from the model.
         is_recorded: what the pass evicts is kept, so that it can be rolled back.
         can_be_repeated: nothing that a second try needs is overwritten.
-        input_ids: `[batch, num_columns]`, None if they are not known.
     """
 
     num_seen: list[int]
@@ -41,7 +40,6 @@ class Pass:
     is_prepared: bool = True
     is_recorded: bool = False
     can_be_repeated: bool = True
-    input_ids: torch.Tensor | None = None
 
     @property
     def part_length(self) -> int:
@@ -99,6 +97,11 @@ class Plan:
             self.rows, self.slots, self.columns = slice(None), slice(start, start + num_columns), slice(None)
         else:
             self.rows, self.slots, self.columns = self._entries()
+
+    def release(self) -> None:
+        """After the pass, only numbers are needed."""
+        for name in [name for name, value in vars(self).items() if isinstance(value, torch.Tensor | tuple)]:
+            del vars(self)[name]
 
     # Tokens and slots. All tensors have one row for each row of the batch, or a single row.
 

@@ -26,10 +26,10 @@ import transformers
 from tqdm import tqdm
 
 from common import ROOT, add_block_arguments, check_or_write_block
-from custom_generate.doors import SUPPORTED_ATTENTION
 from custom_generate.generate import SinkCache
 from custom_generate.options import UNSUPPORTED_OPTIONS
 from custom_generate.rotation import Rotation
+from custom_generate.views import SUPPORTED_ATTENTION
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -155,8 +155,8 @@ class Row:
         verdict: one of the four words above.
         note: the reason, or what to know.
         test: `file::function` that shows that it works.
-        trial: what shows that it is refused or has no effect, each by itself: arguments of `generate`, or, under `model` and
-            `attn_implementation`, another model or another attention.
+        trial: what shows that it is refused or has no effect, each by itself: arguments of `generate`, or, under `model`,
+            another model.
     """
 
     names: tuple[str, ...]
@@ -271,19 +271,18 @@ CACHES = [
     refused(("encoder-decoder",), "SinkCache serves decoder-only models", model="t5"),
 ]  # fmt: skip
 
-OTHER_MASKS = f"SinkCache makes masks for {' and '.join(SUPPORTED_ATTENTION)} attention"
-
 ATTENTION = [
     *(works(name, "test_families.py::test_logits_equal_the_oracle_however_the_tokens_are_fed") for name in SUPPORTED_ATTENTION),
-    *(
-        refused((name,), OTHER_MASKS, attn_implementation=name)
-        for name in ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "paged|eager")
-        if name not in SUPPORTED_ATTENTION
+    works(
+        "flex_attention flash_attention_2 flash_attention_3 flash_attention_4 paged|eager",
+        "test_any_attention.py::test_generate_equals_that_of_the_sdpa_model",
+        "any other, too: sdpa takes its place; in your own loop, call `SinkCache.model_for(model)`",
     ),
 ]
 
 AROUND = [
     Row(("padded batches",), WORKS, "on the left", "test_generate.py::test_left_padded_prompts_of_very_different_lengths"),
+    Row(("rows that end before others",), WORKS, "the padding behind their end is not counted", "test_rows_that_end.py::test_the_next_turns_are_those_of_each_row_alone"),
     Row(("several calls, chats",), WORKS, "", "test_generate.py::test_several_turns_with_one_cache"),
     Row(("`pipeline`",), WORKS, "", "test_loading.py::test_pipeline"),
     Row(("`transformers serve`, `transformers chat`",), WORKS, "", "test_readme.py::test_a_chat_with_the_server_is_answered_from_the_window"),
