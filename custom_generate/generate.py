@@ -482,8 +482,7 @@ def generate(
         unseen = unseen_part(prompt, cache, call.num_copies)
         guidance = Guidance.of(call, cache, prompt)
         cache.bind(model)
-        unseen = with_pictures(unseen, prompt, call, cache)
-        feed_arguments, others = (model, cache, unseen, call.chunk_size, call.is_synced), {}
+        feed_arguments, others = (model, cache, with_pictures(unseen, prompt, call, cache), call.chunk_size, call.is_synced), {}
         if call.is_assisted:
             check_drafting(call, cache, prompt)
             others["assistant_model"] = drafting_model(call, cache)
