@@ -250,7 +250,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         quantizes = self.quantization is not None and num_columns > 1
         can_be_repeated = not (evicts or quantizes or traits.is_recurrent)
         flags = traits.is_ordered, is_prepared, stream.is_recording, can_be_repeated
-        current = Pass(*counts, batch_size, num_columns, num_parts, *flags, input_ids)
+        current = Pass(*counts, batch_size, num_columns, num_parts, *flags)
         check_pass(current, traits, self.window_length, evicts)
         if traits.is_recurrent:
             self.recurrent.check(current)
@@ -259,7 +259,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             self.recurrent.begin(current)
             self.layers_reached = set()
         self.unseen_token_ids = None
-        stream.begin(current)
+        stream.begin(current, input_ids)
 
     def settle(self, is_reset: bool = False) -> None:
         """Before anything is changed: make the last pass part of what was seen, or give it up if it was interrupted.

@@ -27,7 +27,6 @@ class Pass:
         is_prepared: positions and masks come from `prepare`, not from the model.
         is_recorded: what the pass evicts is kept, so that it can be rolled back.
         can_be_repeated: nothing that a second try needs is overwritten.
-        input_ids: `[batch, num_columns]`, None if they are not known.
     """
 
     num_seen: list[int]
@@ -41,7 +40,6 @@ class Pass:
     is_prepared: bool = True
     is_recorded: bool = False
     can_be_repeated: bool = True
-    input_ids: torch.Tensor | None = None
 
     @property
     def part_length(self) -> int:

@@ -80,14 +80,14 @@ class Stream:
 
     # The pass
 
-    def begin(self, current: Pass) -> None:
-        """Open a pass, for which all checks have been made."""
+    def begin(self, current: Pass, input_ids: torch.Tensor | None = None) -> None:
+        """Open a pass, for which all checks have been made. The ids are let go when it is done: they may be a view of a long text."""
         if self.batch_size == -1:
             self.allocate(current.batch_size)
         if current.base is not self.base:
             self._rebase(current.base)
         self.num_seen, self.base = current.num_seen, current.base
-        self.current, self.has_begun, self.ids_plan = current, False, None
+        self.current, self.input_ids, self.has_begun, self.ids_plan = current, input_ids, False, None
         for (window, device), (layers, groups) in self.places.items():
             plan = self.plan_of(current, window, device)
             self.ids_plan = self.ids_plan or plan
@@ -107,9 +107,10 @@ class Stream:
         done, self.done = self.done, None
         if done is None:
             return
-        self.knows_ids &= done.input_ids is not None
+        input_ids, self.input_ids = self.input_ids, None
+        self.knows_ids &= input_ids is not None
         if self.knows_ids:
-            self.ids.update(self.ids_plan, done.input_ids[:, None, :, None].to(self.ids.slots.device))
+            self.ids.update(self.ids_plan, input_ids[:, None, :, None].to(self.ids.slots.device))
         for sinks in self.groups:
             sinks.for_queries = None  # memory of a long pass
         self.num_seen = done.num_after
@@ -122,7 +123,7 @@ class Stream:
         """The open pass was interrupted, and can be begun anew: what was recorded of it is put back."""
         if self.current is not None and self.current.is_recorded:
             self.undo(self.num_seen)
-        self.current = None
+        self.current = self.input_ids = None
 
     def _rebase(self, base: list[int]) -> None:
         """Lower positions, to a new base."""
@@ -169,6 +170,7 @@ class Stream:
         self.num_seen, self.base = [0], [0]
         self.current: Pass | None = None
         self.done: Pass | None = None
+        self.input_ids: torch.Tensor | None = None
         self.has_begun, self.is_recording, self.knows_ids, self.ids_plan, self.num_recorded = False, False, True, None, 0
         self.allocate(0)
         self.batch_size = -1
