@@ -8,8 +8,6 @@ from .probe import MAX_EXACT_POSITION, ModelTraits
 from .releases import MODELS_ASK_FOR_QUERY_OFFSET
 from .window import Window
 
-SUPPORTED_ATTENTION = ("eager", "sdpa")
-
 
 def check_count(name: str, value) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -26,16 +24,6 @@ def check_numbers(window_length, num_sink_tokens) -> None:
         raise ValueError(
             f"num_sink_tokens must be at least 0 and less than window_length={window_length}, got {num_sink_tokens}: the window "
             "holds the sinks and at least the token being processed."
-        )
-
-
-def check_attention(model: torch.nn.Module) -> None:
-    implementation = model.config.get_text_config(decoder=True)._attn_implementation
-    if implementation not in SUPPORTED_ATTENTION:
-        raise ValueError(
-            f"SinkCache makes masks for {' and '.join(SUPPORTED_ATTENTION)} attention, and this model uses "
-            f'{implementation}. Load it with from_pretrained(..., attn_implementation="sdpa"), or call '
-            'model.set_attn_implementation("sdpa").'
         )
 
 
@@ -179,3 +167,14 @@ def check_crop(num_removed: int, stream, traits: ModelTraits) -> None:
             "back to a place in a text, for another answer, make a copy there: copy.deepcopy(cache). For drafts, call "
             "activate_past_recording() before the passes that may be taken back."
         )
+
+
+def in_use() -> ValueError:
+    return ValueError(
+        "This SinkCache is in use by another thread or call, and would mix two texts. Give each text a cache of its own, "
+        "SinkCache.from_model(model, ...), or wait until the other is done."
+    )
+
+
+def wrong_rows(num_rows: int, num_passed: int) -> ValueError:
+    return ValueError(f"This cache holds {num_rows} rows, and {num_passed} are passed. Pass as many, or a new cache.")

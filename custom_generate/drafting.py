@@ -11,6 +11,7 @@ from .feed import Feed
 from .options import Call, without_our_options
 from .prompt import Prompt
 from .releases import CACHE_NAME, input_device, shallow_copy, unwrapped
+from .views import view_of, viewed
 
 # With two tokenizers, the last tokens of a text may be cut anew when others follow. So many of them a drafter reads again.
 NUM_TOKENS_CUT_ANEW = 10
@@ -80,10 +81,10 @@ def drafting_model(call: Call, cache) -> torch.nn.Module | None:
     """
     assistant, num_layers = call.arguments.get("assistant_model"), call.options["assistant_early_exit"]
     if num_layers is not None:
-        assistant = _first_layers(call.model, num_layers)
+        assistant = _first_layers(viewed(call.model), num_layers)
     if assistant is None:
         return None
-    assistant = unwrapped(assistant)
+    assistant = view_of(unwrapped(assistant))
     own_cache = cache.empty_like()
     own_cache.bind(assistant)
     _check_roll_back(assistant, own_cache)

@@ -4,10 +4,11 @@ import copy
 import functools
 
 import torch
+from transformers import StoppingCriteriaList
 
 from .doors import count_tokens
-from .options import without_our_options
-from .prompt import Prompt
+from .options import PICTURES, TOKEN_TYPES, without_our_options
+from .prompt import SEE_EACH_OTHER, Prompt
 from .releases import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -39,15 +40,20 @@ class Feed:
         num_last: tokens of the prompt that `generate` begins with. None: as many as go through in one pass.
         num_padding_columns: columns of input_ids that the cache never counted: a constant, once the prompt has been fed.
         is_idle: this text has ended, and texts of other processes have not.
+        stopped: which rows the stopping criteria have ended last, `[rows]`, and the number of columns then.
+        ends: of rows that have ended, the number of columns up to their end. What `generate` feeds behind it is padding.
         sequences: what `generate` has returned. None if it was interrupted.
     """
 
     num_last: int | None = None
+    has_rows_that_end = True
 
     def __init__(self, model: torch.nn.Module, cache, prompt: Prompt | None, chunk_size: int | None, is_synced: bool = False):
         self.model, self.cache, self.prompt, self.chunk_size, self.is_synced = model, cache, prompt, chunk_size, is_synced
         self.num_padding_columns, self.is_idle, self.sequences = None, False, None
         self.before = cache.num_tokens_seen_by_row, cache.unseen_token_ids
+        self.stopped: tuple[torch.Tensor, int] | None = None
+        self.ends: dict[int, int] = {}
 
     def __enter__(self) -> "Feed":
         return self
@@ -55,8 +61,10 @@ class Feed:
     def __exit__(self, *error) -> None:
         cache, sequences = self.cache, self.sequences
         if sequences is not None:
+            self._note_ends()
             has_last = sequences.shape[1] > 0 and len(sequences) == cache.batch_size
-            cache.unseen_token_ids = sequences[:, -1].tolist() if has_last else None
+            ends = [self.ends.get(row, sequences.shape[1]) for row in range(len(sequences))]
+            cache.unseen_token_ids = sequences[range(len(ends)), [end - 1 for end in ends]].tolist() if has_last else None
         elif cache.num_tokens_seen_by_row == self.before[0]:  # no pass has ended
             cache.unseen_token_ids = self.before[1]
 
@@ -69,7 +77,7 @@ class Feed:
         @functools.wraps(model.prepare_inputs_for_generation)
         def prepare_inputs_for_generation(input_ids, *args, **kwargs):
             others = model.prepare_inputs_for_generation(input_ids[:, -1:], *args, **kwargs | {CACHE_NAME: None})
-            others = {name: value for name, value in others.items() if name not in PREPARED_INPUTS}
+            others = {name: value for name, value in others.items() if not (name in PREPARED_INPUTS or name.startswith(PICTURES))}
             return others | self._inputs_of_next_pass(input_ids, others)
 
         def update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs):
@@ -79,12 +87,19 @@ class Feed:
                 updated["cache_position"] = updated["cache_position"][-1:]
             return updated
 
+        def get_stopping_criteria(*args, **kwargs):
+            criteria = model._get_stopping_criteria(*args, **kwargs)
+            # Without a token that ends texts, transformers goes on with the text of a row that has ended, not with padding.
+            has_padding = self.has_rows_that_end and any(hasattr(each, "eos_token_id") for each in criteria)
+            return NotedCriteria(criteria, self) if has_padding else criteria
+
         def has_unfinished_sequences(this_peer_finished, *args, **kwargs):
             self.is_idle = self.is_synced and bool(this_peer_finished)
             return model._has_unfinished_sequences(this_peer_finished, *args, **kwargs)
 
         view.prepare_inputs_for_generation = prepare_inputs_for_generation
         view._update_model_kwargs_for_generation = update_model_kwargs_for_generation
+        view._get_stopping_criteria = get_stopping_criteria
         view._has_unfinished_sequences = has_unfinished_sequences
         stop_counting(view)
         return view
@@ -95,7 +110,18 @@ class Feed:
             return _idle_pass(input_ids.to(device), "input_ids")
         if self.num_padding_columns is None:
             return self.first_pass(input_ids, others)
+        self._note_ends()
+        if 0 < len(self.ends) < len(input_ids):
+            is_token = torch.tensor([[row not in self.ends] for row in range(len(input_ids))])
+            return self.cache.prepare(input_ids[:, -1:].to(device), is_token)
         return self.cache.prepare(input_ids[:, self.num_padding_columns + self.cache.get_seq_length() :].to(device))
+
+    def _note_ends(self) -> None:
+        """Read which rows have ended. Not at once: `generate` itself waits for the device first."""
+        if self.stopped is not None:
+            (has_ended, num_columns), self.stopped = self.stopped, None
+            for row in [row for row, ended in enumerate(has_ended.tolist()) if ended]:
+                self.ends.setdefault(row, num_columns)
 
     def first_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
         """Feeds the prompt. Returns the inputs of its last pass, the first one of which `generate` knows."""
@@ -118,11 +144,11 @@ class Feed:
         others = {name: value for name, value in others.items() if not name.startswith("output_")}
         uncompiled = uncompiled_copy(self.model)
         while True:
-            takes_parts = cache.takes_parts and rest.begins_without_padding
+            takes_parts = cache.takes_parts and rest.begins_without_padding and not rest.pictures
             size = self.chunk_size or self._default_chunk_size(takes_parts)
-            size = min(size, cache.num_columns_at_once, self._num_columns_alike(rest))
+            size = rest.num_columns if rest.pictures else min(size, cache.num_columns_at_once, self._num_columns_alike(rest))
             longest_last = min(size, cache.window.part_length) if takes_parts else size
-            is_last = rest.num_columns <= (self.num_last or longest_last)
+            is_last = not rest.pictures and rest.num_columns <= (self.num_last or longest_last)
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.is_synced, device=rest.tokens.device):
                 return rest
             if is_last:
@@ -133,7 +159,10 @@ class Feed:
                 size -= size % cache.window.part_length
             chunk, rest = rest.split(size)
             num_parts = cache.num_parts_of(size) if takes_parts else 1
-            uncompiled(**others | cache.prepare(**chunk.arguments, num_parts=num_parts))
+            inputs = cache.prepare(**chunk.arguments, num_parts=num_parts)
+            if inputs["attention_mask"] is not None and not chunk.pictures.keys().isdisjoint(TOKEN_TYPES):
+                raise ValueError(f"{max(chunk.pictures)} can't be used with SinkCache: {SEE_EACH_OTHER}.")
+            uncompiled(**others | chunk.pictures | inputs)
 
     def _default_chunk_size(self, takes_parts: bool) -> int:
         filling, full, undivided = DEFAULT_PREFILL_CHUNK_SIZES
@@ -150,11 +179,26 @@ class Feed:
         return min(filter(None, padding), default=rest.num_columns)
 
 
+class NotedCriteria(StoppingCriteriaList):
+    """Stopping criteria that tell a feed of several rows which of them have ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList, feed: Feed):
+        super().__init__(criteria)
+        self.feed = feed
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        has_ended = super().__call__(input_ids, scores, **kwargs)
+        if len(input_ids) > 1:
+            self.feed.stopped = has_ended, input_ids.shape[1]
+        return has_ended
+
+
 class BeamFeed(Feed):
     """For beams, which go on with a copy of the cache: it ends as the beams of the last step, not as the returned sequences. The
     cache itself is left with the prompt but for its last token, in as many rows as are returned."""
 
     num_last = 1
+    has_rows_that_end = False  # beams that have ended are kept elsewhere, and others take their rows
 
     def last_chunk(self, chunk: Prompt, input_ids: torch.Tensor) -> Prompt:
         self.original, self.num_columns = self.cache, input_ids.shape[1]

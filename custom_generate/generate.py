@@ -25,7 +25,6 @@ import torch
 
 # transformers up to 5.5 copies only the modules that THIS file imports: name all of them here.
 from .doors import (
-    check_attention,
     check_crop,
     check_model,
     check_numbers,
@@ -34,6 +33,8 @@ from .doors import (
     check_same,
     check_tokens,
     check_unprepared,
+    in_use,
+    wrong_rows,
 )
 from .drafting import DraftFeed, check_drafting, drafting_model
 from .feed import BeamFeed, Feed
@@ -46,7 +47,7 @@ from .offloaded import OffloadedStream
 from .options import Call
 from .plan import Pass
 from .probe import model_traits
-from .prompt import whole_prompt
+from .prompt import whole_prompt, with_pictures
 from .quantization import Quantization
 from .quantized import QuantizedStream
 from .reading import ReadableCache
@@ -58,6 +59,7 @@ from .sinks import Sinks  # noqa: F401
 from .static import StaticStream
 from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
+from .views import check_attention, view_of, viewed
 from .window import Window  # noqa: F401
 
 DEFAULT_WINDOW_LENGTH = 256
@@ -133,6 +135,18 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         cache.bind(model)
         return cache
 
+    @staticmethod
+    def model_for(model: torch.nn.Module) -> torch.nn.Module:
+        """What to call in a loop of one's own. The model itself, if its attention takes masks (eager, sdpa); else a view of it
+        that attends with sdpa, shares all weights, and leaves the model as it is: `model = SinkCache.model_for(model)`.
+
+        Raises:
+            ValueError: the attention of this model can't be chosen once it is loaded.
+        """
+        inner = unwrapped(model)
+        view = view_of(inner)
+        return model if view is inner else view
+
     def empty_like(self) -> "SinkCache":
         """A new cache of the same window and kind, which serves no model yet."""
         return type(self)(**self.arguments)
@@ -143,11 +157,13 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         Raises:
             ValueError: the rules can't be kept for this model, or the cache serves another one.
         """
-        model = unwrapped(model)
-        check_attention(model)
+        called = unwrapped(model)
+        called_config, model = called.config.get_text_config(decoder=True), viewed(called)
+        check_attention(called_config)
         check_mode(model)
         if self.traits is not None:
             check_same(model, self.model(), *self._bound_as)
+            self.inputs.config = called_config
             return
         traits = model_traits(model, self.window_length)
         kind = StaticStream if self.is_static else OffloadedStream if self.is_offloaded else Stream
@@ -155,7 +171,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             kind = functools.partial(QuantizedStream, quantization=self.quantization)
         stream = kind(self.window, {index: layer for index, layer in enumerate(traits.layers) if layer is not None})
         check_model(model, traits, {index: layer.window for index, layer in stream.layers.items()}, self.is_static)
-        self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, traits, stream)
+        self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, called_config, traits, stream)
         self.model, self._bound_as = weakref.ref(model), (model.dtype, model.device)
         self._make_layers()
 
@@ -232,11 +248,12 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     def _begin(self, batch_size: int, num_columns: int, num_new: list[int], num_parts=1, input_ids=None, is_prepared=True):
         """Decide all that a pass does. Nothing is changed before everything has been checked."""
         self.settle()
+        check_attention(self.inputs.config)
         stream, traits, model = self.stream, self.traits, self.model()
         if model is not None and model.training:
             check_mode(model)
         if stream.batch_size not in (-1, batch_size):
-            raise ValueError(f"This cache holds {stream.batch_size} rows, and {batch_size} came. Pass as many, or a new cache.")
+            raise wrong_rows(stream.batch_size, batch_size)
         num_seen, base = stream.num_seen, stream.base
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
@@ -300,9 +317,12 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         user = threading.get_ident(), object()
         if vars(self).setdefault("_in_call", user) is not user:  # one step, whatever other threads do
             raise in_use()
+        config = self.inputs and self.inputs.config
         try:
             yield
         finally:
+            if self.inputs is not None:  # the view of the call ends with it
+                self.inputs.config = config or self.inputs.own_config
             if self.stream is not None:
                 self.stream.settle()
                 if self.stream.current is not None and not self.is_interrupted:
@@ -411,7 +431,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     @torch.inference_mode(False)  # the copy can be changed in any mode
     def __deepcopy__(self, memo) -> "SinkCache":
         self.settle()
-        memo |= {id(shared): shared for shared in (self.traits, self.inputs and self.inputs.config)}
+        memo |= {id(shared): shared for shared in (self.traits, *(self.inputs.configs if self.inputs else ()))}
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy({name: each for name, each in vars(self).items() if name != "_in_call"}, memo))
         return copied
@@ -457,11 +477,12 @@ def generate(
             is as before.
     """
     model = unwrapped(model)
+    check_is_decoder(model)
+    model = view_of(model)
     kwargs |= {"inputs": inputs, "generation_config": generation_config, "assistant_model": assistant_model, "streamer": streamer}
     kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "synced_gpus": synced_gpus}
     kwargs |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "prefill_chunk_size": prefill_chunk_size}
     kwargs |= {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
-    check_is_decoder(model)
     call = Call(model, kwargs)
     call.refuse_unsupported()
     cache = call.cache_to_continue()
@@ -472,6 +493,7 @@ def generate(
         unseen = unseen_part(prompt, cache, call.num_copies)
         guidance = Guidance.of(call, cache, prompt)
         cache.bind(model)
+        unseen = with_pictures(unseen, prompt, call, cache)
         feed_arguments, others = (model, cache, unseen, call.chunk_size, call.is_synced), {}
         if call.is_assisted:
             check_drafting(call, cache, prompt)
@@ -486,10 +508,3 @@ def generate(
     if not isinstance(outputs, torch.Tensor):
         setattr(outputs, CACHE_NAME, cache)
     return outputs
-
-
-def in_use() -> ValueError:
-    return ValueError(
-        "This SinkCache is in use by another thread or call, and would mix two texts. Give each text a cache of its own, "
-        "SinkCache.from_model(model, ...), or wait until the other is done."
-    )

@@ -196,6 +196,4 @@ class SeenRow:
         reason = f"The first difference is at token {at}: {int(ids[at])} is passed, {seen[at]} was seen. "
         if at == 0:
             return f"{reason}For another text, pass a new cache."
-        if {token for place, token in seen.items() if place >= at} == {self.unseen}:
-            return f"{reason}If this row ended before others, that is the padding behind its end, and it needs a new cache."
         return f"{reason}If the text was decoded and tokenized again, keep the ids: torch.cat([sequences, new_ids], 1)."

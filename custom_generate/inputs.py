@@ -11,15 +11,25 @@ from .stream import Stream
 
 
 class ModelInputs:
-    """The arguments of a model, made from the plans of a pass."""
+    """The arguments of a model, made from the plans of a pass.
 
-    def __init__(self, model: torch.nn.Module, traits: ModelTraits, stream: Stream):
-        self.config, self.traits, self.stream = model.config.get_text_config(decoder=True), traits, stream
+    Attributes:
+        own_config: the model's own config (of its text).
+        config: that of what is called, the model or its view (`view_of`). It says which form the masks have.
+    """
+
+    def __init__(self, model: torch.nn.Module, config, traits: ModelTraits, stream: Stream):
+        self.own_config, self.config = model.config.get_text_config(decoder=True), config
+        self.traits, self.stream = traits, stream
         self.accepted = frozenset(inspect.signature(model.forward).parameters)
         self.cache_name = cache_name(self.accepted)
         self.masked_layers = {}  # under each name of a mask, a layer that takes it (None: one mask for all layers)
         for index, layer in stream.layers.items():
             self.masked_layers.setdefault(traits.layer_types[index] if traits.layer_types else None, layer)
+
+    @property
+    def configs(self) -> tuple:
+        return self.own_config, self.config
 
     def of_pass(self, tokens: torch.Tensor, name: str) -> dict:
         """Everything but the cache, for the open pass. `tokens` are ids or embeddings, `[batch, num_columns, ...]`."""

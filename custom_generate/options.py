@@ -48,7 +48,12 @@ OUR_OPTIONS = (
     *(*CONFIG_OPTIONS, *CACHE_SIZES),
     *("inputs", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"),
 )
-# Tensors that `generate` takes. Any other tensor comes with each token of a prompt, and is refused.
+# Arguments that begin so are pictures. They go through the model in one pass with the new tokens, and transformers does not get
+# them: it would repeat them for beams, and hand them on in the first pass that it knows of.
+PICTURES = ("pixel_", "image_", "batch_num_images", "mm_encoder_outputs")
+# Say for each token what it is, 0 for text. Some models need it to let the tokens of a picture see each other.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+# Tensors that `generate` takes beside these. Any other tensor comes with each token of a prompt, and is refused.
 PROMPTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
 # Options that are looked up in the call, then in its generation config, then in that of the model.
 OPTIONS = (
@@ -72,6 +77,7 @@ class Call:
     Attributes:
         arguments: what the call itself passes, but for arguments of the loader and the cache.
         cache: the cache that the call passes, under either name.
+        pictures: arguments of the model that go with the new tokens.
         asked: the value of each of `OPTIONS` in the call or in its generation config; None where both leave it out.
         options: the same, completed by the generation config of the model.
     """
@@ -87,6 +93,8 @@ class Call:
             if self.arguments.get("input_ids") is not None:
                 raise ValueError("The prompt is passed twice, as inputs and as input_ids. Leave one of them out.")
             self.arguments["input_ids"] = self.arguments["inputs"]
+        named = {name: self.arguments.pop(name) for name in [*self.arguments] if name.startswith((*PICTURES, *TOKEN_TYPES))}
+        self.pictures = {name: value for name, value in named.items() if value is not None and not _is_text(name, value)}
         config = self.arguments.get("generation_config")
         self.asked, self.options = {}, {}
         for name in OPTIONS:
@@ -193,6 +201,11 @@ class Call:
         # Padding is the business of the cache, and a mask of ones need not be extended at each step.
         mask = torch.ones(shape, dtype=torch.long, device=input_device(self.model))
         return arguments | {CACHE_NAME: cache, "attention_mask": mask, "synced_gpus": self.is_synced} | others
+
+
+def _is_text(name: str, value) -> bool:
+    """Whether token types say that there is no picture."""
+    return name in TOKEN_TYPES and isinstance(value, torch.Tensor) and not bool(value.any())
 
 
 def without_our_options(generation_config):

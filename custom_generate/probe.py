@@ -37,6 +37,7 @@ from .releases import (
     uncompiled_copy,
 )
 from .rotation import Rotation, candidate_rotations
+from .views import view_of
 
 logger = logging.get_logger(__name__)
 
@@ -87,7 +88,7 @@ def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
     known = _known_traits.setdefault(model, {})
     key = window_length, model.dtype, model.device
     if key not in known:
-        traits = _find_model_traits(uncompiled_copy(model), window_length)
+        traits = _find_model_traits(uncompiled_copy(view_of(model)), window_length)
         _warn(model, window_length, traits, known)
         known[key] = traits
     return known[key]

@@ -1,12 +1,18 @@
-"""The text that a call passes."""
+"""The text that a call passes, and its pictures."""
 
-from dataclasses import dataclass, replace
+import inspect
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers.utils import logging
 
-from .options import Call
+from .options import TOKEN_TYPES, Call
 from .releases import input_device
+
+SEE_EACH_OTHER = (
+    "in this model the tokens of a picture see each other. The model makes the mask for that, which is right only in the first "
+    "pass of a text, for rows without padding, if all of it fits into the window of each layer. Text alone works in any call"
+)
 
 
 @dataclass(frozen=True)
@@ -15,12 +21,14 @@ class Prompt:
 
     Attributes:
         padding_id: the id that was taken for padding, where it begins a row, because no mask is passed.
+        pictures: arguments of the model that go with the tokens, in one pass.
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor | None
     name: str = "input_ids"
     padding_id: int | None = None
+    pictures: dict = field(default_factory=dict)
 
     @property
     def num_columns(self) -> int:
@@ -38,7 +46,10 @@ class Prompt:
     def split(self, num_columns: int) -> tuple["Prompt", "Prompt"]:
         masks = (None, None) if self.mask is None else (self.mask[:, :num_columns], self.mask[:, num_columns:])
         parts = self.tokens[:, :num_columns], self.tokens[:, num_columns:]
-        return tuple(replace(self, tokens=tokens, mask=mask) for tokens, mask in zip(parts, masks))
+        types = {name: self.pictures[name][:, -self.num_columns :] for name in TOKEN_TYPES if name in self.pictures}
+        types = {name: value[:, :num_columns] for name, value in types.items()}
+        pictures = self.pictures | types, {}
+        return tuple(replace(self, tokens=each[0], mask=each[1], pictures=each[2]) for each in zip(parts, masks, pictures))
 
     def followed_by(self, ids: torch.Tensor) -> "Prompt":
         """For one text."""
@@ -99,3 +110,49 @@ def _with_inferred_mask(ids: torch.Tensor | None, options: dict) -> Prompt:
             "are taken for tokens, and become the sinks. Pass the attention_mask that the tokenizer returns."
         )
     return Prompt(ids, None)
+
+
+def with_pictures(unseen: Prompt, prompt: Prompt, call: Call, cache) -> Prompt:
+    """What a cache has not seen of a prompt, with the pictures that the call passes for it. All but the last token goes through
+    the model in one pass, for which the model itself puts the pictures where the text has tokens for them.
+
+    Raises:
+        ValueError: that pass can't be exact. The message says why.
+    """
+    if not call.pictures:
+        return unseen
+    name = max(call.pictures)  # pixel_values, where there are some
+    strangers = sorted(call.pictures.keys() - inspect.signature(call.model.forward).parameters.keys())
+    if strangers:
+        name, reason = strangers[0], f"{type(call.model).__name__} does not take it. Leave it out"
+    else:
+        reason = _reason_against_pictures(unseen, prompt, call, cache)
+    if reason is not None:
+        raise ValueError(f"{name} can't be used with SinkCache: {reason}.")
+    return replace(unseen, pictures=call.pictures)
+
+
+def _reason_against_pictures(unseen: Prompt, prompt: Prompt, call: Call, cache) -> str | None:
+    num_rows, num_columns, num_new = len(prompt.tokens), prompt.num_columns, unseen.num_columns
+    if any(hasattr(module, "get_rope_index") for module in call.model.modules()):
+        return (
+            f"{type(call.model).__name__} gives the tokens of a picture positions in three dimensions, and the cache numbers "
+            "tokens one after the other. Text alone works"
+        )
+    if len(unseen.tokens) > num_rows:
+        return f"the cache holds {len(unseen.tokens)} rows, and {num_rows} are passed. Pass each row with its pictures"
+    if num_new < num_columns and cache.get_seq_length() > 0:
+        return (
+            f"pictures go with new tokens, and only {num_new} of the {num_columns} that are passed are new. Pass only these, "
+            "sequences[:, cache.get_seq_length():] and then your new tokens, with an attention_mask for the whole text"
+        )
+    if num_new > cache.window_length:
+        return (
+            f"the new tokens of a prompt with pictures go through the model in one pass, and {num_new} of them do not fit into "
+            f"window_length={cache.window_length}. Take a longer window, or pass fewer pictures"
+        )
+    if num_new == 1:
+        return "a single new token is passed, and the last one never stands for a picture. Pass the tokens of the picture too"
+    if cache.get_seq_length() > 0 and not call.pictures.keys().isdisjoint(TOKEN_TYPES):
+        return SEE_EACH_OTHER
+    return None

@@ -85,7 +85,7 @@ class Saved:
 
     def number(self, name: str):
         if name not in self.numbers:
-            raise self.refusal(f"it does not say {name}")
+            raise self.misfit(f"it does not say {name}")
         return self.numbers[name]
 
     def check_made_for(self, model: torch.nn.Module, expected: dict) -> None:
@@ -109,12 +109,12 @@ class Saved:
         unseen = self.number("unseen_token_ids")
         if not all(are_counts(numbers, batch_size) for numbers in (num_seen, base, unseen or [0])) or len(num_seen) != len(base):
             counts = f"{num_seen!r:.50} tokens, counted from {base!r:.50}"
-            raise self.refusal(f"{batch_size!r:.50} rows that have seen {counts}, can't be")
+            raise self.misfit(f"{batch_size!r:.50} rows that have seen {counts}, can't be")
         self._restore_recurrent(recurrent, batch_size, stream.ids.slots.device)
         self._check_rotations(stream)
         for name, tensor in self.tensors.items():  # before any memory is allocated
             if tensor.shape[:1] != (batch_size,):
-                raise self.refusal(f"{name} is {list(tensor.shape)} in the file, and has {batch_size} rows here")
+                raise self.misfit(f"{name} is {list(tensor.shape)} in the file, and has {batch_size} rows here")
         with torch.inference_mode(False):
             stream.allocate(batch_size)
             stream.num_seen, stream.base, stream.knows_ids = num_seen, base, bool(self.number("knows_ids"))
@@ -124,7 +124,7 @@ class Saved:
             for sinks in stream.groups:
                 sinks.are_new = True
         if self.tensors:
-            raise self.refusal(f"it has {min(self.tensors)}, and this model has nothing of that kind")
+            raise self.misfit(f"it has {min(self.tensors)}, and this model has nothing of that kind")
         return unseen
 
     def _restore_recurrent(self, recurrent: RecurrentStates, batch_size: int, device: torch.device) -> None:
@@ -136,10 +136,10 @@ class Saved:
             expected = {f"{prefix}{kind}.{key}" for kind in kinds for key in range(num_states(layer))}
             states = {name.removeprefix(prefix): self.tensors.pop(name) for name in expected & self.tensors.keys()}
             if not isinstance(flag, list) or len(flag) != num_states(layer):
-                raise self.refusal(f"layer {index} has {flag!r:.50} states in the file, and {num_states(layer)} in this model")
+                raise self.misfit(f"layer {index} has {flag!r:.50} states in the file, and {num_states(layer)} in this model")
             for name, state in states.items():
                 if state.shape[:1] != (batch_size,):
-                    raise self.refusal(f"{prefix}{name} is {list(state.shape)} in the file, and has {batch_size} rows here")
+                    raise self.misfit(f"{prefix}{name} is {list(state.shape)} in the file, and has {batch_size} rows here")
             restore_recurrent(layer, {name: state.to(device) for name, state in states.items()}, flag)
 
     def _check_rotations(self, stream: Stream) -> None:
@@ -149,7 +149,7 @@ class Saved:
                 there = self._take(name, here)
                 if not torch.allclose(here, there, rtol=1e-4, atol=0):  # another machine may round frequencies differently
                     dim = int((here - there).abs().amax(0).argmax())
-                    raise self.refusal(
+                    raise self.misfit(
                         f"{name} turns dimension {dim} with {there[1, dim]:.0f} by {there[0, dim]:.6g} a position in the file, "
                         f"and with {here[1, dim]:.0f} by {here[0, dim]:.6g} in this model"
                     )
@@ -157,12 +157,15 @@ class Saved:
     def _take(self, name: str, like: torch.Tensor) -> torch.Tensor:
         tensor = self.tensors.pop(name, None)
         if tensor is None:
-            raise self.refusal(f"it has no {name}, which this model needs")
+            raise self.misfit(f"it has no {name}, which this model needs")
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
-            raise self.refusal(
+            raise self.misfit(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} in the file, and {like.dtype} {list(like.shape)} here"
             )
         return tensor
+
+    def misfit(self, reason: str) -> ValueError:
+        return self.refusal(f"it was changed after it was saved, or made for another model: {reason}")
 
     def refusal(self, reason: str) -> ValueError:
         return ValueError(f"Can't load {os.fspath(self.path)!r} as a SinkCache: {reason}.")
@@ -188,7 +191,10 @@ def load_cache(cls, path: str | os.PathLike, model: torch.nn.Module, expected: d
     """`SinkCache.load`."""
     saved = Saved.read(path)
     saved.check_made_for(model, expected)
-    cache = cls.from_model(model, **saved.number("arguments"))
+    try:
+        cache = cls.from_model(model, **saved.number("arguments"))
+    except TypeError as error:
+        raise saved.refusal(f"it was changed since it was written ({error})") from error
     cache.unseen_token_ids = saved.restore(cache.stream, cache.recurrent)
     cache.layers_reached = set(cache.traits.noted_layers)
     return cache

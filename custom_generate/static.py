@@ -20,6 +20,7 @@ class Cursor:
     Attributes:
         slots: int64 `[batch, num_sinks + 1]`, the slots that a pass writes: the slots of the sinks, and of the token of each row.
         visible: `[batch, 1, 1, window_length]`, what its query sees: bool, or numbers that are added to the scores.
+        is_new: `[batch, 1, 1, 1]`, whether a row brings a token, where `has_idle_rows`, which bring padding.
     """
 
     num_columns = num_parts = 1
@@ -32,7 +33,12 @@ class Cursor:
         self.slots = torch.arange(window.num_sinks + 1, device=device).repeat(batch_size, 1)
         self.visible = torch.zeros(batch_size, 1, 1, window.length, dtype=torch.bool, device=device)
         self.shifts, self.writes_sinks, self._num_visible = [0], True, [0]
-        keep_in_place(self.rows, self.slots, self.visible)
+        self.is_new, self.has_idle_rows = torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=device), False
+        keep_in_place(*self.tensors)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.rows, self.slots, self.visible, self.is_new]
 
     def move(self, current: Pass) -> None:
         """To the token of this pass."""
@@ -45,7 +51,10 @@ class Cursor:
             sinks = torch.arange(window.num_sinks, device=slots.device)
             slots = torch.cat([torch.where(sinks == slots, window.num_sinks, sinks), slots], dim=1)
         self.slots[:, -slots.shape[1] :].copy_(slots)
-        num_visible = [min(seen + 1, window.length) for seen in num_seen]
+        self.has_idle_rows = min(current.num_new) == 0
+        if self.has_idle_rows:
+            self.is_new.copy_(torch.tensor(current.num_new, device=slots.device)[:, None, None, None])
+        num_visible = [min(max(after, 1), window.length) for after in current.num_after]
         if num_visible != self._num_visible:
             self._num_visible = num_visible
             self._show()
@@ -66,6 +75,9 @@ class Cursor:
         """Put the token of each row, with the sinks in front of it if they moved, where they go: `[batch, heads, num,
         head_dim]`."""
         slots = self.slots[:, -new.shape[2] :]
+        if self.has_idle_rows:  # what stands where their next token goes may still be seen
+            before = held[self.rows[:, None], :, slots[:, -1:]].transpose(1, 2)
+            new = torch.cat([new[:, :, :-1], torch.where(self.is_new, new[:, :, -1:], before)], dim=2)
         if len(slots) == 1:
             held.index_copy_(2, slots[0], new)
         else:
@@ -143,7 +155,7 @@ class StaticStream(Stream):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return super().tensors + [tensor for each in self.cursors.values() for tensor in (each.rows, each.slots, each.visible)]
+        return super().tensors + [tensor for each in self.cursors.values() for tensor in each.tensors]
 
     def new_ring(self, window: Window, *how, kind: str | None = None) -> StaticRing:
         return StaticRing(window, *how)
@@ -152,7 +164,7 @@ class StaticStream(Stream):
         return StaticSinks(rings)
 
     def plan_of(self, current: Pass, window: Window, device: torch.device) -> Plan | Cursor:
-        if not current.is_prepared or not current.num_columns == min(current.num_new) == 1:
+        if not (current.is_prepared and current.num_columns == max(current.num_new) == 1):
             return Plan(window, current, device)
         cursor = self.cursors.get((window, device))
         if cursor is None or len(cursor.rows) != current.batch_size:

@@ -26,10 +26,10 @@ import transformers
 from tqdm import tqdm
 
 from common import ROOT, add_block_arguments, check_or_write_block
-from custom_generate.doors import SUPPORTED_ATTENTION
 from custom_generate.generate import SinkCache
 from custom_generate.options import UNSUPPORTED_OPTIONS
 from custom_generate.rotation import Rotation
+from custom_generate.views import SUPPORTED_ATTENTION
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -155,8 +155,8 @@ class Row:
         verdict: one of the four words above.
         note: the reason, or what to know.
         test: `file::function` that shows that it works.
-        trial: what shows that it is refused or has no effect, each by itself: arguments of `generate`, or, under `model` and
-            `attn_implementation`, another model or another attention.
+        trial: what shows that it is refused or has no effect, each by itself: arguments of `generate`, or, under `model`,
+            another model.
     """
 
     names: tuple[str, ...]
@@ -228,12 +228,18 @@ OPTIONS = [
     works("output_attentions output_hidden_states", SHAPES, "see *Output Type changes*"),
     works("prefill_chunk_size", "test_generate.py::test_the_chunk_length_does_not_change_the_logits"),
     works("cache_implementation", "test_static.py::test_generate_compiles_once", "see the table of caches"),
-    works("cache_config", "test_quantized.py::test_generate", 'with `cache_implementation="quantized"`'),
+    works("cache_config", "test_kinds_of_windows.py::test_generate_quantized", 'with `cache_implementation="quantized"`'),
     works("compile_config", "test_static.py::test_generate_compiles_once", 'with `cache_implementation="static"`'),
     works("use_model_defaults", "test_modes.py::test_defaults_of_the_model", "transformers 4"),
     works("custom_generate trust_remote_code", "test_loading.py::test_every_way_in_gives_the_same_text", "and what goes with them: `revision`, `token`, ..."),
     refused(("use_cache=False",), "without a cache there is nothing to bound", use_cache=False),
-    refused(("token_type_ids", "other tensors"), "it can't be split over the passes", token_type_ids=[[0] * 5]),
+    works(
+        "pixel_values image_sizes pixel_attention_mask",
+        "test_multimodal.py::test_generate_with_a_picture",
+        "and what goes with them: the new tokens go through in one pass, and have to fit into the window; see *A picture in the prompt*",
+    ),
+    works("token_type_ids mm_token_type_ids", "test_multimodal.py::test_a_later_picture_is_refused", "for pictures in the first turn, or all 0"),
+    refused(("other tensors",), "it can't be split over the passes", input_features=[[0] * 5]),
     no_effect("for assisted decoding with `do_sample`", assistant_ensemble_weight=0.5),
     no_effect("set by transformers on an assistant; fails without one, as in transformers", is_assistant=True),
     no_effect("for `num_beam_groups`", diversity_penalty=0.5),
@@ -251,8 +257,8 @@ OTHER_CACHE = UNSUPPORTED_OPTIONS["cache_implementation"]
 CACHES = [
     works("dynamic", "test_errors.py::test_a_cache_of_another_class", "also an empty `DynamicCache`: a `SinkCache` takes its place"),
     works("static", "test_static.py::test_generate_compiles_once", "a `SinkCache` whose buffers never move, for compiled models"),
-    works("quantized", "test_quantized.py::test_it_equals_the_reference", "sinks and the most recent tokens stay as they are, each older token is quantized once"),
-    works("offloaded offloaded_static offloaded_hybrid offloaded_hybrid_chunked", "test_offloaded.py::test_generate", "the window is kept in the memory of the host"),
+    works("quantized", "test_kinds_of_windows.py::test_it_equals_the_reference", "sinks and the most recent tokens stay as they are, each older token is quantized once"),
+    works("offloaded offloaded_static offloaded_hybrid offloaded_hybrid_chunked", "test_kinds_of_windows.py::test_generate_offloaded", "the window is kept in the memory of the host"),
     refused(("sliding_window",), OTHER_CACHE, cache_implementation="sliding_window"),
     refused(("hybrid", "hybrid_chunked"), OTHER_CACHE, cache_implementation="hybrid"),
     refused(("dynamic_full",), OTHER_CACHE, cache_implementation="dynamic_full"),
@@ -265,25 +271,24 @@ CACHES = [
     refused(("encoder-decoder",), "SinkCache serves decoder-only models", model="t5"),
 ]  # fmt: skip
 
-OTHER_MASKS = f"SinkCache makes masks for {' and '.join(SUPPORTED_ATTENTION)} attention"
-
 ATTENTION = [
     *(works(name, "test_families.py::test_logits_equal_the_oracle_however_the_tokens_are_fed") for name in SUPPORTED_ATTENTION),
-    *(
-        refused((name,), OTHER_MASKS, attn_implementation=name)
-        for name in ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "paged|eager")
-        if name not in SUPPORTED_ATTENTION
+    works(
+        "flex_attention flash_attention_2 flash_attention_3 flash_attention_4 paged|eager",
+        "test_any_attention.py::test_generate_equals_that_of_the_sdpa_model",
+        "any other, too: sdpa takes its place; in your own loop, call `SinkCache.model_for(model)`",
     ),
 ]
 
 AROUND = [
     Row(("padded batches",), WORKS, "on the left", "test_generate.py::test_left_padded_prompts_of_very_different_lengths"),
+    Row(("rows that end before others",), WORKS, "the padding behind their end is not counted", "test_rows_that_end.py::test_the_next_turns_are_those_of_each_row_alone"),
     Row(("several calls, chats",), WORKS, "", "test_generate.py::test_several_turns_with_one_cache"),
     Row(("`pipeline`",), WORKS, "", "test_loading.py::test_pipeline"),
     Row(("`transformers serve`, `transformers chat`",), WORKS, "", "test_readme.py::test_a_chat_with_the_server_is_answered_from_the_window"),
     Row(("`torch.compile`",), WORKS, "the static mode", "test_static.py::test_a_model_that_the_user_compiled"),
     Row(("a copy of a cache",), WORKS, "`copy.deepcopy`", "test_cache.py::test_a_deep_copy_goes_on_by_itself"),
-    Row(("saving and loading a cache",), WORKS, "`cache.save`, `SinkCache.load`; also quantized or offloaded", "test_stored_state.py::test_it_goes_on_with_the_same_bits"),
+    Row(("saving and loading a cache",), WORKS, "`cache.save`, `SinkCache.load`; also quantized or offloaded", "test_state.py::test_every_kind_of_window_goes_on_with_the_same_bits"),
     Row(("several threads",), WORKS, "each with its own cache", "test_threads.py::test_streams_in_threads_do_not_touch_each_other"),
     Row(("PEFT adapters",), WORKS, "prompt tuning and prefix tuning are refused", "test_wrapped.py::test_adapters"),
     Row(("`device_map`",), WORKS, "layers on several devices, weights in the memory of the host or on disk", "test_devices.py::test_weights_that_are_offloaded"),

@@ -1,7 +1,6 @@
 """The generated tables of options, caches and attention: nothing that transformers knows is missing, what is said to work has a test, and
 what is said to be refused is. (The table of models is checked in tests/test_scripts.py.)"""
 
-import copy
 import inspect
 import re
 from pathlib import Path
@@ -87,9 +86,6 @@ def test_what_is_refused_is_refused_for_that_reason(model, reason, name, value):
     options = {name: value}
     if name == "model":
         model, options = other_model(value), {}
-    elif name == "attn_implementation":
-        model, options = copy.deepcopy(model), {}
-        model.config._attn_implementation = value
     elif name == "past_key_values":
         cache = DynamicCache()
         cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)

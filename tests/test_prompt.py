@@ -238,7 +238,6 @@ def test_a_refused_assistance_leaves_what_was_recorded(model):
 REMEDIES = {
     "keep the ids": "keep the ids: torch.cat",
     "another text": "For another text, pass a new cache",
-    "row ended": "padding behind its end, and it needs a new cache",
     "mask for all": "an attention_mask for the whole text",
     "unseen": "New tokens have to begin with the last one that was returned",
     "last tokens": r"pass the last 16 tokens \(no more, no less\)",
@@ -272,28 +271,6 @@ def test_each_mistake_has_one_remedy(model, change, remedy):
     others = [other for name, other in REMEDIES.items() if name != remedy]
     assert not any(other.split("(")[0].strip("\\") in str(error.value) for other in others)
     assert cache.get_seq_length() == 34 and cache.unseen_token_ids == [10]
-
-
-def test_a_row_that_ended_before_others(model):
-    """The cache has seen the padding behind its end."""
-    ids = random_ids(20, num_rows=2)
-    cache = SinkCache(**WINDOW)
-
-    class EndFirst(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            return scores.index_fill(1, torch.tensor([1]), -100.0) if input_ids.shape[1] != 22 else self.end(scores)
-
-        def end(self, scores):
-            scores = scores.clone()
-            scores[0, 1], scores[1, 1] = 100.0, -100.0
-            return scores
-
-    options = {"eos_token_id": 1, "logits_processor": [EndFirst()], "max_new_tokens": 8, "do_sample": False, **PADDED}
-    text = generate(ids, model=model, past_key_values=cache, **options)
-    assert text[0, 22:].tolist() == [1, *[PAD] * 5]
-    texts, mask = left_padded([torch.cat([text[:1, :23], random_ids(4)], 1), torch.cat([text[1:], random_ids(4)], 1)])
-    with pytest.raises(ValueError, match=f"for row 0 .*{REMEDIES['row ended']}"):
-        generate(texts, attention_mask=mask, model=model, past_key_values=cache, max_new_tokens=5)
 
 
 def test_embeddings_that_can_not_be_compared(model):

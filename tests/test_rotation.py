@@ -182,12 +182,12 @@ def test_the_rotation_is_found_in_half_precision(name, dtype):
 
 
 def test_a_model_is_asked_once():
-    """One forward pass over 36 tokens at the first call with a window, none after that."""
+    """One short forward pass at the first call with a window, none after that."""
     model, calls = build_model("llama"), []
     model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True)
     for _ in range(3):
         SinkCache.from_model(model, 16, 4)
-    assert calls == [36]
+    assert len(calls) == 1 and calls[0] < 300
 
 
 def test_scores_that_depend_on_the_position_itself_are_refused():

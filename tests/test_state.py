@@ -225,8 +225,7 @@ def test_a_header_that_was_changed_says_something_else_or_is_refused(model, cont
             path.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
             try:
                 SinkCache.load(path, model)
-            except ValueError as error:
-                assert "Can't load" in str(error) or "SinkCache can't keep its rules" in str(error)
+            except ValueError:
                 refused += 1
     assert refused > 100
 
@@ -334,7 +333,7 @@ def other_rotation():
 )
 def test_a_cache_of_another_model_is_refused(content, tmp_path, make, message):
     (tmp_path / "cache").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"Can't load .* as a SinkCache: it was .*made for another model: .*{message}"):
         SinkCache.load(tmp_path / "cache", make())
 
 

@@ -1,6 +1,7 @@
 """Models that something is wrapped around, or that were changed: they give the oracle's logits, or are refused with what to do."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,10 @@ def test_attention_that_is_changed_in_the_middle_of_a_stream(model, static):
     ["flash_attention_2", "flash_attention_3", "flex_attention", "kernels-community/flash-attn3", "paged|sdpa", "sdpa_paged"],
 )
 def test_attention_implementations_that_take_no_mask_for_each_query(model, name):
+    ids = random_ids()
+    reference = generate(ids, model=model, **WINDOW, max_new_tokens=10, do_sample=False)
     model.config._attn_implementation_internal = name  # can't be loaded without a GPU, or not without the Hub
+    assert generate(ids, model=model, **WINDOW, max_new_tokens=10, do_sample=False).equal(reference)
     assert model.config._attn_implementation == name
-    assert_refused(model, 'makes masks for eager and sdpa attention, and this model uses .*attn_implementation="sdpa"')
+    with pytest.raises(ValueError, match=f'and this model uses {re.escape(name)}.*model_for.*attn_implementation="sdpa"'):
+        SinkCache.from_model(model, **WINDOW)
