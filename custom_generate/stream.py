@@ -81,7 +81,7 @@ class Stream:
     # The pass
 
     def begin(self, current: Pass, input_ids: torch.Tensor | None = None) -> None:
-        """Open a pass, for which all checks have been made. The ids are let go when it is done: they may be a view of a long text."""
+        """Open a pass, for which all checks have been made. The ids are let go when it is done: they may be a view of a text."""
         if self.batch_size == -1:
             self.allocate(current.batch_size)
         if current.base is not self.base:
