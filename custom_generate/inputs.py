@@ -39,7 +39,7 @@ class ModelInputs:
         inputs = {name: tokens, "use_cache": True, "attention_mask": self._attention_mask(current, tokens.device)}
         if "position_ids" in self.accepted:
             inputs["position_ids"] = position_ids(current, tokens.device)
-        if "cache_position" in self.accepted and (self.traits.is_chunked or self.stream.ids_plan.is_in_tensors):
+        if "cache_position" in self.accepted and (self.traits.is_chunked or self.stream.plans[0].is_in_tensors):
             inputs["cache_position"] = inputs["position_ids"][0]  # else the model makes it of numbers, constants for a graph
         return inputs
 

@@ -98,6 +98,11 @@ class Plan:
         else:
             self.rows, self.slots, self.columns = self._entries()
 
+    def release(self) -> None:
+        """After the pass, only numbers are needed."""
+        for name in [name for name, value in vars(self).items() if isinstance(value, torch.Tensor | tuple)]:
+            del vars(self)[name]
+
     # Tokens and slots. All tensors have one row for each row of the batch, or a single row.
 
     @cached_property

@@ -78,7 +78,7 @@ class ReadableCache(Cache):
         current = None if self.stream is None or layer_idx is None else self.stream.current
         if current is None:
             return self.num_tokens_seen
-        if self.stream.ids_plan.is_in_tensors:
+        if self.stream.plans[0].is_in_tensors:
             return self.window_length - 1  # slots before the query: a graph takes numbers for constants
         last = max(after - start for after, start in zip(current.num_after, current.base))
         return max(last - current.num_columns, 0)

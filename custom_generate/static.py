@@ -172,9 +172,9 @@ class StaticStream(Stream):
         cursor.move(current)
         return cursor
 
-    def begin(self, current: Pass, input_ids: torch.Tensor | None = None) -> None:
+    def begin(self, current: Pass, input_ids: torch.Tensor | None) -> None:
         super().begin(current, input_ids)
-        if current.is_recorded and self.ids_plan.is_in_tensors:  # here, because a graph can't keep a log
+        if current.is_recorded and self.plans[0].is_in_tensors:  # here, because a graph can't keep a log
             for ring in (*self.rings, self.ids):
                 ring.record(Plan(ring.window, current, ring.slots.device), ring.slots)
 

@@ -26,6 +26,7 @@ class Stream:
         num_seen: tokens seen before the open pass.
         base: number that is subtracted from token numbers to get positions.
         has_begun: a layer has carried out its part of the open pass.
+        plans: of the open pass, or of the last one, for each place.
         done: a pass that has ended and is not yet part of `num_seen`. (A compiled pass can say no more than that it has ended.)
         ids: ids of the tokens held, as a ring that does not move; `knows_ids` is False if some tokens came without ids.
         places: the layers, and the groups of sinks that move alike, of each window and device. The place of `ids` comes first.
@@ -80,17 +81,17 @@ class Stream:
 
     # The pass
 
-    def begin(self, current: Pass, input_ids: torch.Tensor | None = None) -> None:
-        """Open a pass, for which all checks have been made. The ids are let go when it is done: they may be a view of a text."""
+    def begin(self, current: Pass, input_ids: torch.Tensor | None) -> None:
+        """Open a pass, for which all checks have been made."""
         if self.batch_size == -1:
             self.allocate(current.batch_size)
         if current.base is not self.base:
             self._rebase(current.base)
         self.num_seen, self.base = current.num_seen, current.base
-        self.current, self.input_ids, self.has_begun, self.ids_plan = current, input_ids, False, None
+        self.current, self.has_begun, self.input_ids, self.plans = current, False, input_ids, []
         for (window, device), (layers, groups) in self.places.items():
             plan = self.plan_of(current, window, device)
-            self.ids_plan = self.ids_plan or plan
+            self.plans.append(plan)
             for layer in layers:
                 layer.plan = plan
             for sinks in groups:
@@ -104,13 +105,12 @@ class Stream:
 
     def settle(self) -> None:
         """Make a pass that is done part of what was seen."""
-        done, self.done = self.done, None
-        if done is None:
+        if self.done is None:
             return
-        input_ids, self.input_ids = self.input_ids, None
-        self.knows_ids &= input_ids is not None
+        (done, ids), self.done, self.input_ids = (self.done, self.input_ids), None, None
+        self.knows_ids &= ids is not None
         if self.knows_ids:
-            self.ids.update(self.ids_plan, input_ids[:, None, :, None].to(self.ids.slots.device))
+            self.ids.update(self.plans[0], ids[:, None, :, None].to(self.ids.slots.device))
         for sinks in self.groups:
             sinks.for_queries = None  # memory of a long pass
         self.num_seen = done.num_after
@@ -118,12 +118,15 @@ class Stream:
             self.num_recorded += min(done.num_new)
             if not all(layer.plan.can_be_undone for layer in self.layers.values()):
                 self.forget_recorded()
+        for plan in self.plans:
+            if not (plan.is_in_tensors or isinstance(plan.slots, slice)):
+                plan.release()
 
     def give_up(self) -> None:
         """The open pass was interrupted, and can be begun anew: what was recorded of it is put back."""
         if self.current is not None and self.current.is_recorded:
             self.undo(self.num_seen)
-        self.current = self.input_ids = None
+        self.current = None
 
     def _rebase(self, base: list[int]) -> None:
         """Lower positions, to a new base."""
@@ -170,8 +173,8 @@ class Stream:
         self.num_seen, self.base = [0], [0]
         self.current: Pass | None = None
         self.done: Pass | None = None
-        self.input_ids: torch.Tensor | None = None
-        self.has_begun, self.is_recording, self.knows_ids, self.ids_plan, self.num_recorded = False, False, True, None, 0
+        self.input_ids, self.plans, self.num_recorded = None, [], 0
+        self.has_begun, self.is_recording, self.knows_ids = False, False, True
         self.allocate(0)
         self.batch_size = -1
 

@@ -1,7 +1,5 @@
 """Small models, one for each family and kind of position embedding: config, seed, nothing downloaded."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
@@ -186,16 +184,6 @@ def old_rope_arguments(parameters: dict) -> dict:
         scaling = arguments["rope_scaling"]
         arguments["rope_scaling"] = {"type": "longrope"} | {key: scaling[key] for key in ("short_factor", "long_factor")}
     return arguments
-
-
-def allow_local_code(folder: Path) -> str:
-    """What a script has to begin with: transformers 4.52 forgets to make this folder before it copies a local repository to it."""
-    if TRANSFORMERS >= version.parse("4.53"):
-        return ""
-    return f"""
-from transformers.dynamic_module_utils import create_dynamic_module
-create_dynamic_module("transformers_modules/{folder.name}/custom_generate")
-"""
 
 
 def is_refused(name: str) -> bool:

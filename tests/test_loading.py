@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging import version
 
-from families import TRANSFORMERS, allow_local_code
+from families import TRANSFORMERS
 
 ROOT = Path(__file__).parents[1]
 COMMON = f"""
@@ -76,7 +76,7 @@ WAYS = {
 
 
 def run(code: str) -> str:
-    script = allow_local_code(ROOT) + textwrap.dedent(COMMON) + textwrap.dedent(code)
+    script = textwrap.dedent(COMMON) + textwrap.dedent(code)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

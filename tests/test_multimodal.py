@@ -192,13 +192,12 @@ def test_pictures_in_later_turns(model_type, kind):
     text, seen = torch.zeros(1, 0, dtype=torch.long), 0
     for turn in range(3):
         new, pictures = text_of(model, seed=turn, num_before=4 + turn), pictures_of(model, 1, seed=turn)
-        if turn:
-            new = torch.cat([text[:, seen:], new], dim=1)
+        new = torch.cat([text[:, seen:], new], dim=1)
         mask = torch.ones(1, seen + new.shape[1], dtype=torch.long)
         outputs = generate(
             new, attention_mask=mask, model=model, past_key_values=cache, max_new_tokens=12, prefill_chunk_size=3, **pictures, **WRITE
         )
-        text = torch.cat([text[:, :seen], outputs.sequences], dim=1) if turn else outputs.sequences
+        text = torch.cat([text[:, :seen], outputs.sequences], dim=1)
         embeddings += [merged(model, new, pictures), model.get_input_embeddings()(outputs.sequences[:, new.shape[1] : -1])]
         places += range(seen + new.shape[1] - 1, text.shape[1] - 1)
         logits += outputs.logits

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import transformers
 from checks import WINDOW, assert_same, feed, random_ids
 from custom_generate.generate import SinkCache, generate
 from custom_generate.releases import CACHE_NAME
-from families import allow_local_code, build_model
+from families import build_model
 from oracle import oracle_logits
 
 SIZES = [5, 9, 40] + [1] * 20 + [6]
@@ -26,7 +25,6 @@ def model():
 def from_folder(tiny_model_folder, monkeypatch) -> dict:
     """The arguments with which `generate` of a model is this one."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    exec(allow_local_code(Path(tiny_model_folder)))
     return {"custom_generate": tiny_model_folder, "trust_remote_code": True}
 
 
