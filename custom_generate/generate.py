@@ -118,17 +118,13 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
         self.is_static, self.is_offloaded = static, offloaded
         quantized = quantized if quantized is None else vars(self.quantization)
-        sizes = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
-        self.arguments = sizes | {"static": static, "quantized": quantized, "offloaded": offloaded}
+        self.arguments = {"window_length": window_length, "num_sink_tokens": num_sink_tokens, "static": static}
+        self.arguments |= {"quantized": quantized, "offloaded": offloaded}
         self.reset()
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, *args, **kwargs) -> "SinkCache":
-        """A cache for this model; further arguments are those of `SinkCache`.
-
-        Raises:
-            ValueError: the numbers make no window, or the rules can't be kept for this model.
-        """
+        """A cache for this model; further arguments are those of `SinkCache`, and errors those of both and of `bind`."""
         if not isinstance(model, torch.nn.Module):
             raise ValueError(f"SinkCache.from_model takes a loaded model, got {model!r} ({type(model).__name__}).")
         cache = cls(*args, **kwargs)
@@ -385,11 +381,9 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     # Copies
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the cache to a file, from which `load` goes on as this one would, to the last bit.
+        """Write the cache to a file, from which `load` goes on as this one would, to the last bit; recorded drafts stand then.
 
-        The file is there whole or not at all, and one that was there before is replaced. Recorded drafts
-        (`activate_past_recording`)
-        are not saved: load a cache, and what it has seen stands.
+        The file is there whole or not at all, and a file that was there before is replaced.
 
         Raises:
             ValueError: a pass was begun and has not reached the last layer, or the cache has no model.
@@ -401,13 +395,10 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     def load(cls, path: str | os.PathLike, model: torch.nn.Module, **expected) -> "SinkCache":
         """The cache that `save` has written to a file, on the device of the model. Nothing in the file is executed.
 
-        Args:
-            model: the one it was made for: same settings and dtype.
-            expected: arguments of `SinkCache` that you count on; else they are those in the file.
+        `expected` are arguments of `SinkCache` that you count on; else they are those in the file.
 
         Raises:
-            ValueError: the file was cut off, or it holds a cache for another model or dtype, or of another window or kind. Both
-                sides are named.
+            ValueError: the file was cut off, or it holds a cache for a model with other settings, or of another window or kind.
             ImportError: the package that quantizes is not installed.
         """
         return load_cache(cls, path, model, expected)
