@@ -59,7 +59,7 @@ from .sinks import Sinks  # noqa: F401
 from .static import StaticStream
 from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
-from .views import check_attention, view_of, viewed
+from .views import check_attention, model_for, view_of, viewed
 from .window import Window  # noqa: F401
 
 DEFAULT_WINDOW_LENGTH = 256
@@ -118,34 +118,20 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
         self.is_static, self.is_offloaded = static, offloaded
         quantized = quantized if quantized is None else vars(self.quantization)
-        sizes = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
-        self.arguments = sizes | {"static": static, "quantized": quantized, "offloaded": offloaded}
+        self.arguments = {"window_length": window_length, "num_sink_tokens": num_sink_tokens, "static": static}
+        self.arguments |= {"quantized": quantized, "offloaded": offloaded}
         self.reset()
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, *args, **kwargs) -> "SinkCache":
-        """A cache for this model; further arguments are those of `SinkCache`.
-
-        Raises:
-            ValueError: the numbers make no window, or the rules can't be kept for this model.
-        """
+        """A cache for this model; further arguments are those of `SinkCache`, and errors those of both and of `bind`."""
         if not isinstance(model, torch.nn.Module):
             raise ValueError(f"SinkCache.from_model takes a loaded model, got {model!r} ({type(model).__name__}).")
         cache = cls(*args, **kwargs)
         cache.bind(model)
         return cache
 
-    @staticmethod
-    def model_for(model: torch.nn.Module) -> torch.nn.Module:
-        """What to call in a loop of one's own. The model itself, if its attention takes masks (eager, sdpa); else a view of it
-        that attends with sdpa, shares all weights, and leaves the model as it is: `model = SinkCache.model_for(model)`.
-
-        Raises:
-            ValueError: the attention of this model can't be chosen once it is loaded.
-        """
-        inner = unwrapped(model)
-        view = view_of(inner)
-        return model if view is inner else view
+    model_for = staticmethod(model_for)
 
     def empty_like(self) -> "SinkCache":
         """A new cache of the same window and kind, which serves no model yet."""
@@ -158,12 +144,12 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             ValueError: the rules can't be kept for this model, or the cache serves another one.
         """
         called = unwrapped(model)
-        called_config, model = called.config.get_text_config(decoder=True), viewed(called)
-        check_attention(called_config)
+        config, model = called.config.get_text_config(decoder=True), viewed(called)
+        check_attention(config)
         check_mode(model)
         if self.traits is not None:
             check_same(model, self.model(), *self._bound_as)
-            self.inputs.config = called_config
+            self.inputs.config = config
             return
         traits = model_traits(model, self.window_length)
         kind = StaticStream if self.is_static else OffloadedStream if self.is_offloaded else Stream
@@ -171,7 +157,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             kind = functools.partial(QuantizedStream, quantization=self.quantization)
         stream = kind(self.window, {index: layer for index, layer in enumerate(traits.layers) if layer is not None})
         check_model(model, traits, {index: layer.window for index, layer in stream.layers.items()}, self.is_static)
-        self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, called_config, traits, stream)
+        self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, config, traits, stream)
         self.model, self._bound_as = weakref.ref(model), (model.dtype, model.device)
         self._make_layers()
 
@@ -395,11 +381,9 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     # Copies
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the cache to a file, from which `load` goes on as this one would, to the last bit.
+        """Write the cache to a file, from which `load` goes on as this one would, to the last bit; recorded drafts stand then.
 
-        The file is there whole or not at all, and one that was there before is replaced. Recorded drafts
-        (`activate_past_recording`)
-        are not saved: load a cache, and what it has seen stands.
+        The file is there whole or not at all, and a file that was there before is replaced.
 
         Raises:
             ValueError: a pass was begun and has not reached the last layer, or the cache has no model.
@@ -411,13 +395,10 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     def load(cls, path: str | os.PathLike, model: torch.nn.Module, **expected) -> "SinkCache":
         """The cache that `save` has written to a file, on the device of the model. Nothing in the file is executed.
 
-        Args:
-            model: the one it was made for: same settings and dtype.
-            expected: arguments of `SinkCache` that you count on; else they are those in the file.
+        `expected` are arguments of `SinkCache` that you count on; else they are those in the file.
 
         Raises:
-            ValueError: the file was cut off, or it holds a cache for another model or dtype, or of another window or kind. Both
-                sides are named.
+            ValueError: the file was cut off, or it holds a cache for a model with other settings, or of another window or kind.
             ImportError: the package that quantizes is not installed.
         """
         return load_cache(cls, path, model, expected)
@@ -476,9 +457,8 @@ def generate(
         ValueError: something passed can't be processed exactly. The message names it; the model has not been run, and the cache
             is as before.
     """
-    model = unwrapped(model)
+    model = view_of(unwrapped(model))
     check_is_decoder(model)
-    model = view_of(model)
     kwargs |= {"inputs": inputs, "generation_config": generation_config, "assistant_model": assistant_model, "streamer": streamer}
     kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "synced_gpus": synced_gpus}
     kwargs |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "prefill_chunk_size": prefill_chunk_size}
@@ -493,8 +473,7 @@ def generate(
         unseen = unseen_part(prompt, cache, call.num_copies)
         guidance = Guidance.of(call, cache, prompt)
         cache.bind(model)
-        unseen = with_pictures(unseen, prompt, call, cache)
-        feed_arguments, others = (model, cache, unseen, call.chunk_size, call.is_synced), {}
+        feed_arguments, others = (model, cache, with_pictures(unseen, prompt, call, cache), call.chunk_size, call.is_synced), {}
         if call.is_assisted:
             check_drafting(call, cache, prompt)
             others["assistant_model"] = drafting_model(call, cache)

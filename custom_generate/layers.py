@@ -11,9 +11,7 @@ MIN_SLOTS = 32  # A ring is allocated with at least as many, so that it does not
 
 
 class Ring:
-    """The keys, or the values, of one layer: `slots` is `[batch, heads, num_slots, head_dim]`.
-
-    What is written stays as it is. Only the sinks move (`sinks.py`).
+    """The keys, or the values, of one layer: `slots` is `[batch, heads, num_slots, head_dim]`. Only the sinks move (`sinks.py`).
 
     Attributes:
         sinks, number: the group in which the sinks of this ring move, and its number there; None if they do not move.
@@ -39,7 +37,7 @@ class Ring:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything that the ring holds."""
-        return [self.slots, *(overwritten for _, overwritten in self.log)]
+        return [self.slots, *(tensor for written, overwritten in self.log for tensor in (*written, overwritten))]
 
     @property
     def recent(self) -> torch.Tensor:
@@ -189,7 +187,7 @@ class SinkLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.window.length
 
-    get_max_cache_shape = get_max_length
+    get_max_cache_shape = get_max_length  # before transformers 5
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.plan.kv_length, 0
@@ -206,8 +204,8 @@ def selected(states: torch.Tensor, index: torch.Tensor, dim: int = 0) -> torch.T
 
 
 def undone(log: list[tuple], num_tokens: list[int]):
-    """What is put back if only the first `num_tokens` of each row stand, the last pass first: rows and slots, which entries of a
-    pass these are, and what all its entries have overwritten."""
+    """For each pass, the last one first: rows and slots to put back, which of its entries they are, and what all have
+    overwritten."""
     for (rows, slots, tokens), overwritten in reversed(log):
         first = torch.tensor(num_tokens, device=tokens.device)
         is_undone = tokens >= (first if len(first) == 1 else first[rows])

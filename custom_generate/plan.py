@@ -1,7 +1,7 @@
 """One forward pass: how many tokens come, what is written where, what each query sees, and how far the sinks move.
 
-A pass is decided before the model runs, and nothing in it changes afterwards. `Pass` says what comes, for all layers. `Plan` says
-what the pass does in the layers of one window.
+A pass is decided before the model runs, and stays as it is. `Pass` says what comes, `Plan` what it does in the layers of one
+window.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,7 @@ from .window import Window
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One forward call of the model.
-
-    The lists have one number for each row, or a single number where all rows are alike.
+    """One forward call of the model. Lists have one number for each row, or a single number where all rows are alike.
 
     Attributes:
         num_seen, num_after: tokens seen before the pass, and after it.
@@ -43,7 +41,6 @@ class Pass:
 
     @property
     def part_length(self) -> int:
-        """Columns of a part."""
         return self.num_columns // self.num_parts
 
 
@@ -98,11 +95,6 @@ class Plan:
         else:
             self.rows, self.slots, self.columns = self._entries()
 
-    def release(self) -> None:
-        """After the pass, only numbers are needed."""
-        for name in [name for name, value in vars(self).items() if isinstance(value, torch.Tensor | tuple)]:
-            del vars(self)[name]
-
     # Tokens and slots. All tensors have one row for each row of the batch, or a single row.
 
     @cached_property
@@ -111,13 +103,11 @@ class Plan:
 
     @cached_property
     def _num_padding(self) -> torch.Tensor:
-        """`[rows, 1]`"""
         return self.num_columns - torch.tensor(self.current.num_new, device=self.device)[:, None]
 
     @cached_property
     def tokens(self) -> torch.Tensor:
-        """The number of the token in each column, `[rows, columns]`; for padding, a number that the row has seen, or a negative
-        one."""
+        """The number of the token in each column, `[rows, columns]`; for padding, a seen or a negative number."""
         return self._num_seen + torch.arange(self.num_columns, device=self.device) - self._num_padding
 
     def _entries(self) -> tuple:

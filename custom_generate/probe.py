@@ -64,7 +64,6 @@ NUM_COMPARED, NUM_SPLIT = 3, 8  # tokens of a text of which keys are compared, a
 # the float32 angles of such positions are still many times finer than the cosines of the model.
 MIN_REBASE_IN_16_BITS = 2**14
 MAX_EXACT_POSITION = 2**24  # float32 holds every whole number up to here
-
 NO_KEYS = "no keys"  # in place of the length of a native window
 CHUNKED = "chunked_attention"  # the type of layers that attend within chunks of the text
 # The rules, as refusals name them.
@@ -281,8 +280,8 @@ class Probe:
             reason = "its recurrent layers forget their state in a pass of several tokens"
             raise self._refusal(f"its logits depend on how a text is split into passes: {reason}", FEEDING)
         # Single tokens after a pass, and a pass after single tokens.
-        differ = self._differ(self._split_into(2, 1, 1, 1, 1, 2), whole)
-        return noted, not (differ or limits_time_steps(self.model))  # rounding may hide the limits in so few tokens
+        # In so few tokens, rounding may hide that time steps are limited.
+        return noted, not (self._differ(self._split_into(2, 1, 1, 1, 1, 2), whole) or limits_time_steps(self.model))
 
     def check_that_order_does_not_count(self) -> None:
         """One token more, on the keys as they are and in reverse."""
@@ -351,8 +350,7 @@ class Probe:
                 if best[0] <= tolerance:
                     break
             misfit, rotation = best
-            # In layer 0 the second `a` must be the first one rotated by one position, else `position_ids` are ignored. (Near
-            # the beginning: far from it, each of the two angles is rounded.)
+            # In layer 0 the second `a` must be the first one rotated by one position, else `position_ids` are ignored.
             if index == 0 and not self.is_recurrent and misfit <= tolerance:
                 step = torch.arange(2) if "position_ids" in self.accepted else torch.zeros(2)
                 near = self._by_position(states[:, :, :2])[:, :NUM_NEIGHBOURS].flatten(0, 1)
@@ -382,8 +380,8 @@ class Probe:
         except Exception as error:  # torch says it of a CPU in a RuntimeError
             if isinstance(error, OUT_OF_MEMORY) or "can't allocate memory" in str(error):
                 raise
-            error_text = f"{type(error).__name__}: {error}"
-            raise self._refusal(f"a first look at how it caches keys failed ({error_text})", BOUNDED) from error
+            reason = f"a first look at how it caches keys failed ({type(error).__name__}: {error})"
+            raise self._refusal(reason, BOUNDED) from error
 
     def _too_long(self, why: str) -> ValueError:
         return ValueError(f"window_length={self.window_length} is too long for {self.name}{why}")

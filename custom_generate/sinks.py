@@ -94,6 +94,6 @@ class Sinks:
         return torch.stack([angles.cos(), angles.sin()])
 
     def select_rows(self, index: torch.Tensor) -> None:
-        self._viewed, self.pristine = None, selected(self.pristine, index, dim=2)
+        self._views, self._viewed, self.pristine = [], None, selected(self.pristine, index, dim=2)
         if len(self.moved_by) > 1:
             self.moved_by = [self.moved_by[row] for row in index.tolist()]

@@ -118,9 +118,10 @@ class Stream:
             self.num_recorded += min(done.num_new)
             if not all(layer.plan.can_be_undone for layer in self.layers.values()):
                 self.forget_recorded()
-        for plan in self.plans:
-            if not (plan.is_in_tensors or isinstance(plan.slots, slice)):
-                plan.release()
+        for plan in self.plans:  # keep the numbers, and let go of the tensors
+            for name, value in () if plan.is_in_tensors else [*vars(plan).items()]:
+                if isinstance(value, torch.Tensor | tuple):
+                    del vars(plan)[name]
 
     def give_up(self) -> None:
         """The open pass was interrupted, and can be begun anew: what was recorded of it is put back."""

@@ -11,7 +11,7 @@ import weakref
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .releases import shallow_copy
+from .releases import shallow_copy, unwrapped
 
 SUPPORTED_ATTENTION = ("eager", "sdpa")
 # In place of each module of a model, a shallow copy: one for each, so that a module that is used twice is one in the view too.
@@ -55,6 +55,18 @@ def view_of(model: torch.nn.Module) -> torch.nn.Module:
     view = shallow_copy(_copied(model, "sdpa" if has_sdpa else "eager", _configs.setdefault(model, {})))
     vars(view)["viewed_model"] = model  # not in `_copies`: it would keep the model for good
     return view
+
+
+def model_for(model: torch.nn.Module) -> torch.nn.Module:
+    """What to call in a loop of one's own. The model itself, if its attention takes masks (eager, sdpa); else a view of it that
+    attends with sdpa, shares all weights, and leaves the model as it is: `model = SinkCache.model_for(model)`.
+
+    Raises:
+        ValueError: the attention of this model can't be chosen once it is loaded.
+    """
+    inner = unwrapped(model)
+    view = view_of(inner)
+    return model if view is inner else view
 
 
 def _copied(module: torch.nn.Module, attention: str, configs: dict) -> torch.nn.Module:

@@ -48,10 +48,9 @@ class Window:
 
     @property
     def part_length(self) -> int:
-        """How many tokens a part of a long pass over a full window should have (`Pass.num_parts`).
+        """How many tokens a part of a long pass over a full window should have (`Plan`): a power of two, as most prompts are cut.
 
         Long parts attend to many copies of the sinks, and each short part needs its own copy of the recent tokens. The formula
-        was fitted to the fastest lengths for 4 sinks and windows of 256 to 4,096 on a CPU. The result is a power of two, because
-        most prompts are cut at multiples of a power of two.
+        was fitted to the fastest lengths for 4 sinks and windows of 256 to 4,096 on a CPU.
         """
         return 2 ** max(0, round(math.log2(1.2 * self.num_recent**0.75 / (self.num_sinks + 1) ** 0.5)))

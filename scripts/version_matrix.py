@@ -160,7 +160,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table into its page, and run nothing")
     args = parser.parse_args()
     if args.write:
-        write_page_block("releases", markdown_table(read_table()))
+        rows = read_table()
+        write_page_block("releases", markdown_table(rows))
+        print(json.dumps({"rows": rows}))
         return
 
     tests = [*args.tests, *(END_TO_END if args.end_to_end else ())]

@@ -198,7 +198,10 @@ def test_two_threads_with_one_model(model):
     "options", [{"num_beams": 3}, {"guidance_scale": 1.5}, {"assistant_early_exit": 2}, {"prompt_lookup_num_tokens": 3}]
 )
 def test_other_ways_to_generate(model, options):
-    other, options = with_other_attention(model), {**WINDOW, "max_new_tokens": 20, "do_sample": False, **options}
+    other, options = (
+        with_other_attention(model),
+        {**WINDOW, "max_new_tokens": 20, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0, **options},
+    )
     before = contents(other)
     assert generate(random_ids(30), model=other, **options).equal(generate(random_ids(30), model=model, **options))
     assert_unchanged(other, before)

@@ -42,6 +42,7 @@ OPERATIONS_A_RUN = 40
 MAX_STREAMS, MAX_ROWS = 3, 4
 NUM_VARIANTS = 4
 TOKENS = random_ids(8000, seed=11, num_rows=NUM_VARIANTS).tolist()
+NO_TOKEN = 0  # in no text
 
 SHAPES = [
     {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": layers}
@@ -322,9 +323,11 @@ class CacheMachine(RuleBasedStateMachine):
         how=st.sampled_from(["all", "new", "new with mask", "last"]),
         chunk=st.one_of(st.none(), st.integers(1, 20)),
         num_copies=st.sampled_from([1, 1, 1, 2]),
+        ends=st.lists(st.integers(1, 12), min_size=MAX_ROWS, max_size=MAX_ROWS),
     )
-    def generate(self, stream, num_rows, counts, num_new, how, chunk, num_copies):
-        """A turn: new tokens of the user, some each row, and a continuation. What is chosen is forced to stand in the table."""
+    def generate(self, stream, num_rows, counts, num_new, how, chunk, num_copies, ends):
+        """A turn: new tokens of the user, some each row, and a continuation. What is chosen is forced to stand in the table. Row i
+        ends after `ends[i]` of them, if other rows go on."""
         stream = self.streams[stream % len(self.streams)]
         self.begin(stream, num_rows)
         rows, cache, W = stream.rows, stream.cache, self.window_length
@@ -348,7 +351,13 @@ class CacheMachine(RuleBasedStateMachine):
         forced = [
             TOKENS[row.variant][row.text.length + num :][:num_new] for row, num in zip(after, self.repeat(counts, num_copies))
         ]
-        step = iter(range(num_new))
+        ends = [min(end, num_new) for end in ends[: len(after)]]
+        ends = ends if max(ends) == num_new else [num_new] * len(ends)
+        step, num_chosen = iter(range(num_new)), iter(range(1, num_new + 1))
+
+        def stop(input_ids, scores, **kwargs):
+            num = next(num_chosen)
+            return torch.tensor([num >= end for end in ends])
 
         def force(input_ids, scores):
             tokens = torch.tensor(forced)[:, next(step), None]
@@ -357,7 +366,7 @@ class CacheMachine(RuleBasedStateMachine):
         run = functools.partial(
             generate, ids, attention_mask=mask, model=self.model, past_key_values=cache, max_new_tokens=num_new,
             prefill_chunk_size=chunk, logits_processor=[force], do_sample=num_copies > 1, num_return_sequences=num_copies,
-            return_dict_in_generate=True, output_logits=True,
+            return_dict_in_generate=True, output_logits=True, stopping_criteria=[stop], eos_token_id=NO_TOKEN, pad_token_id=NO_TOKEN,
         )  # fmt: skip
         if "new" in how and stream.returned not in (None, [prompt[0] for prompt in prompts]):
             before = stream.says()
@@ -368,17 +377,19 @@ class CacheMachine(RuleBasedStateMachine):
         outputs = run()
         stream.was_interrupted = False
         stream.knows_ids = stream.knows_ids or not any(stream.num_seen)
-        assert outputs.sequences[:, -num_new:].tolist() == forced and outputs.past_key_values is cache
+        chosen = [tokens[:end] + [NO_TOKEN] * (num_new - end) for tokens, end in zip(forced, ends)]
+        assert outputs.sequences[:, -num_new:].tolist() == chosen and outputs.past_key_values is cache
         self.advance(stream, counts, None)
         for index, row in enumerate(after):
             row.text = rows[index // num_copies].text
         stream.rows, logits = after, torch.stack(outputs.logits, 1)
         assert_same(logits[:, 0], torch.stack([row.text.logits for row in after]))
-        self.advance(stream, [num_new - 1] * len(after), logits[:, 1:])
+        logits = torch.stack([of_row[1:].roll(num_new - end, 0) for of_row, end in zip(logits, ends)])  # to their ends
+        self.advance(stream, [end - 1 for end in ends], logits)
         if stream.recorded is not None:  # in passes of any length, which nobody tells us
             stream.recorded = [0] * len(after)
             cache.activate_past_recording()
-        stream.returned = [tokens[-1] for tokens in forced]
+        stream.returned = [tokens[end - 1] for tokens, end in zip(forced, ends)]
         self.check(stream)
 
     @staticmethod

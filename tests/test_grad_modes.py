@@ -55,7 +55,7 @@ def draft(model, cache: SinkCache, _) -> SinkCache:
 
 def take_back(model, cache: SinkCache, _) -> SinkCache:
     cache.crop(-8)
-    cache.stop_recording()
+    cache.activate_past_recording(False)
     return cache
 
 
@@ -137,7 +137,7 @@ def expected(kind: str, name: str, num_seen: int) -> torch.Tensor:
     return run(kind, name, num_seen, torch.no_grad, torch.no_grad)[0]
 
 
-@pytest.mark.parametrize("first, second", itertools.permutations(MODES, 2))
+@pytest.mark.parametrize("first, second", [*itertools.permutations(MODES, 2)])
 @pytest.mark.parametrize("kind, name, num_seen", CASES)
 def test_state_of_one_mode_goes_on_in_another(kind, name, num_seen, first, second):
     """Would catch a tensor that was made in the mode of the caller, and a gradient that is kept with it."""

@@ -152,3 +152,14 @@ def test_the_walk_finds_what_is_hidden():
     before = num_bytes(reachable(cache))
     cache.layers[0].hidden = [{"view": torch.zeros(1000)[:1]}]
     assert num_bytes(reachable(cache)) == before + 4000 and cache.num_bytes_held == before
+
+
+def test_a_text_is_let_go_when_it_has_been_read():
+    """Each pass is a view of the whole text; a cache that keeps the last one keeps the text, and grows with it."""
+    model = build_model("llama", "sdpa")
+    held = []
+    for num_tokens in (60, 600):
+        cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+        feed(model, cache, random_ids(num_tokens), [WINDOW_LENGTH] + [1] * (num_tokens - WINDOW_LENGTH))
+        held.append(num_bytes(reachable(cache)))
+    assert held[0] == held[1]
