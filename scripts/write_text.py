@@ -17,6 +17,7 @@ each text. The last line is one JSON document.
 
 import argparse
 import json
+import re
 import sys
 import time
 import zlib
@@ -134,6 +135,17 @@ def write_excerpts(path: Path, texts: dict[str, str], about: dict) -> None:
     path.write_text(head + "".join(blocks), encoding="utf-8")
 
 
+def print_table(measured: dict[Method, list[dict[str, str]]]) -> list[dict]:
+    """What was measured of each stretch, and the numbers once more for machines."""
+    table = []
+    for method, rows in measured.items():
+        numbers = [{column: float(row[column]) for column in MEASURED if row[column]} for row in rows]
+        name = "the text itself" if method.name == THE_TEXT else str(method)
+        table.append({"name": name, **method.columns, "stretches": numbers})
+        print(f"{name:28s} " + "  ".join(f"{each['nats']:.2f} nats, {each['distinct_4']:.2f} distinct" for each in numbers))
+    return table
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
@@ -188,23 +200,26 @@ def main() -> None:
         "text_crc32": f"{zlib.crc32(prompt.cpu().numpy().tobytes()):08x}",
     }
     results = Results(args.csv, about, CSV_COLUMNS, CONDITIONS)
-    texts, table = {}, []
-    for method in [Method(THE_TEXT), *chosen_methods(args)]:
-        name = "the text itself" if method.name == THE_TEXT else str(method)
-        path = args.texts_dir / ("-".join(filter(None, (about["model"], *method.columns.values()))) + ".txt")
+
+    def keep(method: Method, new: list[int], seconds: list[float] | None = None) -> None:
+        results.forget(method)
+        for row in stretches(model, new, seconds, prefix, args):
+            results.add(method, row)
+
+    the_text, methods, texts = Method(THE_TEXT), chosen_methods(args), {}
+    keep(the_text, goes_on)
+    for method in methods:
+        name = re.sub(r"[^\w.]+", "-", "-".join([about["model"], *filter(None, method.columns.values())]))
+        path = args.texts_dir / f"{name}.txt"
         if not (args.resume and path.exists() and results.of(method)):
-            new, seconds = (goes_on, None) if method.name == THE_TEXT else write(model, method, prompt, args)
-            results.forget(method)
-            for row in stretches(model, new, seconds, prefix, args):
-                results.add(method, row)
+            new, seconds = write(model, method, prompt, args)
+            keep(method, new, seconds)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(tokenizer.decode(new), encoding="utf-8")
-        texts[name] = path.read_text(encoding="utf-8")
-        rows = [{column: float(row[column]) for column in MEASURED if row[column]} for row in results.of(method)]
-        table.append({"name": name, **method.columns, "stretches": rows})
-        print(f"{name:28s} " + "  ".join(f"{row['nats']:.2f} nats, {row['distinct_4']:.2f} distinct" for row in rows), flush=True)
+        texts[str(method)] = path.read_text(encoding="utf-8")
         if args.excerpts:
             write_excerpts(args.excerpts, texts, about)
+    table = print_table({method: results.of(method) for method in [the_text, *methods]})
     print(json.dumps(about | {"csv": str(args.csv), "results": table}))
 
 

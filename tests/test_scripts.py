@@ -284,3 +284,31 @@ def test_the_table_of_releases_in_its_page_is_the_one_that_was_measured():
     rows = version_matrix.read_table()
     assert page_block("releases") == version_matrix.markdown_table(rows), "python scripts/version_matrix.py --write"
     assert rows and not any(int(row["failed"]) for row in rows)
+
+
+def test_write_text(tmp_path):
+    """Three texts, what is measured of them, and a second run that finds all of it."""
+    command = [
+        "scripts/write_text.py",
+        "--num-prompt-tokens",
+        100,
+        "--num-tokens",
+        40,
+        "--stretch-length",
+        20,
+        "--judged-length",
+        16,
+    ]
+    command += ["--window-length", 32, "--csv", tmp_path / "writing.csv", "--texts-dir", tmp_path / "texts", "--resume"]
+    result = last_line(run(*command, "--temperature", 1, "--top-k", 5, "--excerpts", tmp_path / "written.md"))
+    assert [row["method"] for row in result["results"]] == ["text", "full", "window", "sinks"]
+    assert json.loads(result["sampling"]) == {"do_sample": True, "temperature": 1.0, "top_k": 5}
+    for row in result["results"]:
+        assert [stretch["stop"] for stretch in row["stretches"]] == [20, 40]
+        assert all(0 < stretch["distinct_1"] <= stretch["distinct_4"] <= 1 for stretch in row["stretches"])
+        assert all(0 < stretch["nats"] < 12 for stretch in row["stretches"])
+    texts = {path.name: path.read_text() for path in (tmp_path / "texts").iterdir()}
+    assert {"tiny-full.txt", "tiny-window-32-0.txt", "tiny-sinks-32-4.txt"} == texts.keys() and len({*texts.values()}) == 3
+    assert (tmp_path / "written.md").read_text().count("\n## ") == 3
+    again = last_line(run(*command, "--temperature", 1, "--top-k", 5))
+    assert again["results"] == result["results"]
