@@ -11,14 +11,15 @@ Both are also measured of the real text from there on (`text`), which does neith
 
     python scripts/write_text.py --model models/smollm2 --text book.txt --window-length 512
 
-Each line of `--csv` is one stretch. The texts are written to `--texts-dir`; `--excerpts` is a file of Markdown with the end of
-each text. The last line is one JSON document.
+Each line of `--csv` is one stretch. The texts are written to `--texts-dir`; `--excerpts` is a file of Markdown with the beginning
+and the end of each text. The last line is one JSON document.
 """
 
 import argparse
 import json
 import re
 import sys
+import textwrap
 import time
 import zlib
 from pathlib import Path
@@ -50,7 +51,7 @@ CONDITIONS = (
 ).split()
 MEASURED = "start stop distinct_1 distinct_2 distinct_3 distinct_4 nats ms_per_token".split()
 CSV_COLUMNS = ["date", "commit", "measure", *METHOD_COLUMNS, *MEASURED, *CONDITIONS, "python"]
-NUM_EXCERPT_CHARACTERS = 900
+NUM_EXCERPT_CHARACTERS = 1200
 
 
 class Clock(BaseStreamer):
@@ -120,16 +121,17 @@ def stretches(model, ids: list[int], seconds: list[float] | None, prefix: list[i
 
 
 def excerpt(text: str) -> str:
-    """The end of a text, as a block of Markdown."""
-    end = text[-NUM_EXCERPT_CHARACTERS:].partition(" ")[2]
-    return "\n".join(f"> {line}".rstrip() for line in end.splitlines())
+    """The beginning and the end of a text, as a block of code in Markdown: what stands in it is nobody's markup."""
+    start, end = text[:NUM_EXCERPT_CHARACTERS].rpartition(" ")[0], text[-NUM_EXCERPT_CHARACTERS:].partition(" ")[2]
+    lines = [part for line in f"{start}\n\n[...]\n\n{end}".splitlines() for part in textwrap.wrap(line, 100) or [""]]
+    return "\n".join(["````text", *lines, "````"])
 
 
 def write_excerpts(path: Path, texts: dict[str, str], about: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     head = (
-        f"# What {about['model']} writes\n\nThe end of {about['num_tokens']:,} tokens, after {about['num_prompt_tokens']:,} "
-        f"tokens of {about['text']}. Sampling: `{about['sampling']}`, seed {about['seed']}, {about['dtype']}.\n"
+        f"# What {about['model']} writes\n\nThe beginning and the end of {about['num_tokens']:,} tokens, after "
+        f"{about['num_prompt_tokens']:,} tokens of {about['text']}. Sampling: `{about['sampling']}`, seed {about['seed']}, {about['dtype']}.\n"
     )
     blocks = [f"\n## {name[0].upper()}{name[1:]}\n\n{excerpt(text)}\n" for name, text in texts.items()]
     path.write_text(head + "".join(blocks), encoding="utf-8")
@@ -162,7 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     add("--csv", type=Path, default=ROOT / "results" / "writing.csv", help="(default: %(default)s)")
     add("--texts-dir", type=Path, default=ROOT / "results" / "written", help="for the whole texts (default: %(default)s)")
-    add("--excerpts", type=Path, metavar="FILE", help="Markdown with the end of each text (default: none)")
+    add("--excerpts", type=Path, metavar="FILE", help="Markdown with the beginning and the end of each text (default: none)")
     add("--resume", action="store_true", help="leave out what the CSV and the folder have of this run")
     args = parser.parse_args()
     args.dataset, args.batch_size = None, 1
