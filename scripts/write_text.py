@@ -131,7 +131,8 @@ def write_excerpts(path: Path, texts: dict[str, str], about: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     head = (
         f"# What {about['model']} writes\n\nThe beginning and the end of {about['num_tokens']:,} tokens, after "
-        f"{about['num_prompt_tokens']:,} tokens of {about['text']}. Sampling: `{about['sampling']}`, seed {about['seed']}, {about['dtype']}.\n"
+        f"{about['num_prompt_tokens']:,} tokens of {about['text']}. Sampling: `{about['sampling']}`, seed {about['seed']}, "
+        f"{about['dtype']}.\n"
     )
     blocks = [f"\n## {name[0].upper()}{name[1:]}\n\n{excerpt(text)}\n" for name, text in texts.items()]
     path.write_text(head + "".join(blocks), encoding="utf-8")
