@@ -134,9 +134,11 @@ class Stream:
         num_rows = max(len(base), len(self.base))
         before, after = (torch.tensor(each * (num_rows // len(each))) for each in (self.base, base))
         if not after.equal(before):
+            devices = {device for _, device in self.places}
+            num_positions = {device: (after - before)[:, None, None].to(device) for device in devices}
             for ring in self.rings:
                 if not ring.rotation.is_identity:
-                    ring.rebase((after - before)[:, None, None].to(ring.slots.device))
+                    ring.rebase(num_positions[ring.slots.device])
 
     # Roll-back
 
