@@ -78,7 +78,7 @@ class ReadableCache(Cache):
         """
         current = None if self.stream is None else self.stream.current
         if current is not None and self.stream.plans[0].is_in_tensors and is_torchdynamo_compiling():
-            return self.window_length - 1  # slots before the query: a graph takes numbers for constants, and was given its positions
+            return self.window_length - 1  # slots before the query: a graph takes numbers for constants
         if current is None or layer_idx is None:
             return self.num_tokens_seen
         last = max(after - start for after, start in zip(current.num_after, current.base))
