@@ -89,6 +89,8 @@ class Plan:
             num_recent = self._num_recent_in_part if self.num_parts > 1 else num_recent
             self.kv_length = window.num_sinks * current.part_length + num_recent
             self.shifts = window.shift(self.tokens - torch.tensor(current.base, device=device)[:, None])
+        if self.num_parts > 1:  # the slots of the recent tokens before the pass, oldest first: `[rows, num_recent]`
+            self.recent_slots = window.slot(self._num_seen + torch.arange(-window.num_recent, 0, device=device))
         if self.hands_out_slots and self.is_uniform:
             start = window.slot(num_seen[0])
             self.rows, self.slots, self.columns = slice(None), slice(start, start + num_columns), slice(None)
@@ -144,11 +146,6 @@ class Plan:
     def _num_recent_in_part(self) -> int:
         """Recent and new tokens that the queries of a part see."""
         return self.window.num_recent + self.current.part_length - 1
-
-    @cached_property
-    def recent_slots(self) -> torch.Tensor:
-        """The slots of the recent tokens before the pass, oldest first: `[rows, num_recent]`."""
-        return self.window.slot(self._num_seen + torch.arange(-self.window.num_recent, 0, device=self.device))
 
     def joined(self, states: torch.Tensor) -> torch.Tensor:
         """`[batch * parts, heads, part_length, head_dim]` -> `[batch, heads, num_columns, head_dim]`."""

@@ -4,6 +4,7 @@ import math
 
 import torch
 from transformers import Cache
+from transformers.utils import is_torchdynamo_compiling
 
 from .doors import check_count, check_unprepared
 from .layers import SinkLayer
@@ -75,11 +76,11 @@ class ReadableCache(Cache):
 
         For a layer that asks in the middle of a prepared pass, the position of its first column: Llama 4 scales queries by it.
         """
-        current = None if self.stream is None or layer_idx is None else self.stream.current
-        if current is None:
-            return self.num_tokens_seen
-        if self.stream.plans[0].is_in_tensors:
+        current = None if self.stream is None else self.stream.current
+        if current is not None and self.stream.plans[0].is_in_tensors and is_torchdynamo_compiling():
             return self.window_length - 1  # slots before the query: a graph takes numbers for constants
+        if current is None or layer_idx is None:
+            return self.num_tokens_seen
         last = max(after - start for after, start in zip(current.num_after, current.base))
         return max(last - current.num_columns, 0)
 

@@ -37,7 +37,6 @@ class Rotation:
 
     @property
     def fingerprint(self) -> tuple:
-        """Equal for equal rotations, and can be a key of a dict."""
         return tuple(self.frequency.tolist()), tuple(self.partner.tolist())
 
     def as_tensor(self) -> torch.Tensor:

@@ -45,7 +45,11 @@ class Cursor:
         window, num_seen, had_all_sinks = self.window, current.num_seen, not self.writes_sinks
         self.shifts = [window.shift(seen - start) for seen, start in zip(num_seen, current.base)]
         self.writes_sinks = min(num_seen) < window.num_sinks
-        slots = torch.tensor([[window.slot(seen)] for seen in num_seen], device=self.slots.device)
+        if len(num_seen) == 1 and had_all_sinks and not self.writes_sinks:
+            self.slots[:, -1].fill_(window.slot(num_seen[0]))  # copies nothing to the device
+            slots = self.slots[:, -1:]
+        else:
+            slots = torch.tensor([[window.slot(seen)] for seen in num_seen], device=self.slots.device)
         if self.writes_sinks or not had_all_sinks:
             # The token may be a sink. No slot is written twice: a slot not yet in use takes the place of the slot of that sink.
             sinks = torch.arange(window.num_sinks, device=slots.device)

@@ -132,11 +132,13 @@ class Stream:
     def _rebase(self, base: list[int]) -> None:
         """Lower positions, to a new base."""
         num_rows = max(len(base), len(self.base))
-        before, after = (torch.tensor(each * (num_rows // len(each))) for each in (self.base, base))
-        if not after.equal(before):
+        before, after = (each * (num_rows // len(each)) for each in (self.base, base))
+        if after != before:
+            lowered = [[[new - old]] for new, old in zip(after, before)]
+            num_positions = {device: torch.tensor(lowered, device=device) for _, device in self.places}
             for ring in self.rings:
                 if not ring.rotation.is_identity:
-                    ring.rebase((after - before)[:, None, None].to(ring.slots.device))
+                    ring.rebase(num_positions[ring.slots.device])
 
     # Roll-back
 

@@ -22,7 +22,6 @@ class Window:
 
     @property
     def num_recent(self) -> int:
-        """Slots of the ring."""
         return self.length - self.num_sinks
 
     def slot(self, token):

@@ -147,7 +147,7 @@ def test_prompts(untouched, ids, mask, message):
 
 def test_a_tensor_that_belongs_to_each_token(untouched):
     with pytest.raises(ValueError, match="token_type_ids can't be used"):
-        generate(random_ids(5), token_type_ids=torch.zeros(1, 5), model=untouched, **WINDOW)
+        generate(random_ids(5), token_type_ids=torch.ones(1, 5), model=untouched, **WINDOW)
 
 
 def filled(model, num_rows: int = 1, **numbers) -> SinkCache:

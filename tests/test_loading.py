@@ -61,10 +61,9 @@ WAYS = {
     """,
     "class of another load, twice": """
         SinkCache = get_class_from_dynamic_module("custom_generate/generate.SinkCache", repo, trust_remote_code=True)
-        import importlib.util
-        spec = importlib.util.spec_from_file_location("another_load", repo + "/custom_generate/generate.py")
-        another = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(another)
+        import importlib, sys
+        sys.path.insert(0, repo)
+        another = importlib.import_module("custom_generate.generate")
         assert another.SinkCache is not SinkCache
         check(model.generate(**inputs, **trust, past_key_values=another.SinkCache(**window), **arguments))
     """,
