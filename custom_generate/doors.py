@@ -141,7 +141,7 @@ def check_unprepared(traits: ModelTraits, stream, num_columns: int, num_rows: in
     elif traits.is_ordered:
         reason = "the scores of this model depend on the order of the keys, which it takes from the mask"
     elif traits.has_local_attention and not MODELS_ASK_FOR_QUERY_OFFSET:
-        reason = "this release of transformers makes a mask for layers with native windows or chunks that doesn't fit the cache"
+        reason = "this release of transformers makes a mask for layers with native windows or chunks that does not fit"
     elif traits.is_recurrent:
         reason = "the recurrent layers of this model are told by `prepare` what is padding, and positions by nobody else"
     elif any(stream.base):

@@ -21,6 +21,7 @@ from oracle import oracle_logits
 from zoo import ZOO_RELEASE, zoo_config
 
 RECORD = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+NO_END = {"eos_token_id": VOCAB_SIZE - 1}  # prompt lookup of transformers 4.57 fails without one
 ALL_DRAFTS = [(num_draft, num_right) for num_draft in (1, 2, 5, 11) for num_right in range(num_draft + 1)]
 
 
@@ -75,7 +76,7 @@ def test_drafts_of_every_length_rejected_at_every_place(name, num_prompt_tokens,
     Would catch a token that a rejected one evicted for good, and positions that were lowered within a draft.
     """
     model, prompt = build_model(name), random_ids(num_prompt_tokens)
-    options = {"max_new_tokens": 110}
+    options = {"max_new_tokens": 110, **NO_END}
     text = generate(prompt, model=model, do_sample=False, **options, **WINDOW)
     drafts = itertools.cycle(ALL_DRAFTS)
 
@@ -245,7 +246,8 @@ def test_sampled_texts_follow_the_rules(model):
         {"assistant_early_exit": 2},
         {"prompt_lookup_num_tokens": 3},
     ):
-        outputs = generate(random_ids(20), model=model, max_new_tokens=60, **options, **RECORD | {"do_sample": True}, **WINDOW)
+        sampled = RECORD | {"do_sample": True}
+        outputs = generate(random_ids(20), model=model, max_new_tokens=60, **options, **NO_END, **sampled, **WINDOW)
         expected = oracle_logits(model, outputs.sequences[:, :-1], *WINDOW.values())
         assert_same(torch.stack(outputs.logits, 1), expected[:, 19:])
 
@@ -304,7 +306,7 @@ def test_several_turns(model, num_padding, static):
         if turn in (2, 3):
             ids, mask = text[:, cache.num_tokens_seen :], torch.ones_like(text)
         outputs = generate(
-            ids, attention_mask=mask.long(), model=model, past_key_values=cache, max_new_tokens=12, **options, **RECORD
+            ids, attention_mask=mask.long(), model=model, past_key_values=cache, max_new_tokens=12, **options, **NO_END, **RECORD
         )
         logits += outputs.logits
         text = torch.cat([text, outputs.sequences[:, ids.shape[1] :]], 1)
@@ -320,7 +322,7 @@ def test_a_prompt_is_not_recorded(model):
     cache, seen = SinkCache(**WINDOW), []
     handle = model.register_forward_pre_hook(lambda module, args: seen.append(cache.stream.is_recording))
     try:
-        generate(random_ids(50), model=model, past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=5)
+        generate(random_ids(50), model=model, past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=5, **NO_END)
     finally:
         handle.remove()
     num_prompt_passes = seen.index(True)
