@@ -404,6 +404,70 @@ def test_the_windows_to_choose_from_are_those_that_were_measured():
                 assert float(value) == pytest.approx(evaluate.over(rows[method], 4096, 12288)["nats"], abs=0.006), method
 
 
+def nats_of(rows: list[dict], thousands: str) -> float:
+    """Over positions like `4-6`, in thousands."""
+    start, stop = (1000 * int(edge) for edge in thousands.split("-"))
+    return evaluate.over(rows, start, stop)["nats"]
+
+
+def method_of(shown: str) -> str:
+    """How `measured` names what a table calls `window 2,048, no sinks`."""
+    return re.sub(r"(\d),(\d{3})", r"\1\2", shown).replace("no sinks", "0 sinks")
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [("SmolLM2", "smollm2.csv"), ("SmolLM2, float32", "smollm2.csv"), ("Gemma 3 270M, float32", "gemma3.csv")],
+)
+def test_the_results_of_real_models_are_those_that_were_measured(title, name):
+    head, table = table_after(title)
+    rows = measured(name)
+    for shown, *cells in table:
+        found = rows[f"{method_of(shown)}, float32, from 0"]
+        for label, cell in zip(head[1:], cells, strict=True):
+            if label == "MiB held":
+                assert round(int(found[-1]["bytes_held"]) / 2**20) == int(cell), shown
+            else:
+                assert float(cell) == pytest.approx(nats_of(found, label), abs=0.006), (shown, label)
+
+
+def test_the_stream_and_the_quantized_windows_are_those_that_were_measured():
+    head, (nats, times, memory) = table_after("tokens, in thousands")
+    (stream,) = measured("stream_smollm2.csv").values()
+    for label, *cells in zip(head[1:], nats[1:], times[1:], memory[1:], strict=True):
+        start, stop = (1000 * int(edge) for edge in label.split("-"))
+        found = evaluate.over(stream, start, stop)
+        at_most = max(int(row["process_bytes"]) for row in stream if start <= int(row["start"]) < stop) / 2**20
+        expected = [(found["nats"], 0.006), (found["ms_per_token"], 0.06), (at_most, 0.6)]
+        assert [float(cell) for cell in cells] == [pytest.approx(value, abs=rounding) for value, rounding in expected]
+    assert len({row["bytes_held"] for row in stream[1:]}) == 1
+
+    head, table = table_after("window of 512")
+    for (_, *cells), found in zip(table, measured("quantized_smollm2.csv").values(), strict=True):
+        expected = [nats_of(found, label) for label in head[1:-1]] + [int(found[-1]["bytes_held"]) / 2**20]
+        assert [float(cell) for cell in cells] == [pytest.approx(value, abs=0.06 if value > 9 else 6e-4) for value in expected]
+
+
+def test_the_texts_are_those_that_were_measured():
+    _, table = table_after("nats (distinct 4-grams)".replace("(", r"\(").replace(")", r"\)"))
+    rows = [row for row in evaluate.read_csv(ROOT / "results" / "writing.csv") if '"temperature": 1.0' in row["sampling"]]
+    for (_, *cells, _), method in zip(table, ("text", "full", "window", "sinks"), strict=True):
+        found = [f"{float(row['nats']):.2f} ({float(row['distinct_4']):.2f})" for row in rows if row["method"] == method]
+        assert cells == found, method
+
+
+def test_the_windows_of_real_models_to_choose_from_are_those_that_were_measured():
+    head, table = table_after("window of SmolLM2")
+    rows = measured("smollm2.csv") | measured("choice_smollm2.csv")
+    for shown, *nats, _ in table:
+        length = int(shown.replace(",", ""))
+        dtype = "float32" if length == 2048 else "bfloat16"
+        for num_sinks, value in zip(head[1:-1], nats, strict=True):
+            if value:
+                method = f"{evaluate.Method('sinks', length, int(num_sinks.split()[0]))}, {dtype}, from 0"
+                assert float(value) == pytest.approx(nats_of(rows[method], "4-8"), abs=0.006), method
+
+
 # What it links and shows
 
 
