@@ -22,6 +22,7 @@ import threading
 import weakref
 
 import torch
+from transformers import GenerationConfig
 
 # transformers up to 5.5 copies only the modules that THIS file imports: name all of them here.
 from .doors import (
@@ -421,18 +422,11 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 @torch.no_grad()
 def generate(
     inputs: torch.Tensor | None = None,
-    generation_config=None,
-    logits_processor=None,
-    stopping_criteria=None,
-    prefix_allowed_tokens_fn=None,
-    synced_gpus=None,
-    assistant_model=None,
-    streamer=None,
+    generation_config: GenerationConfig | None = None,
     *,
     model: torch.nn.Module,
     window_length: int | None = None,
     num_sink_tokens: int | None = None,
-    prefill_chunk_size: int | None = None,
     **kwargs,
 ):
     """The model's own `generate`, with a `SinkCache`. All other arguments and what it returns are as there.
@@ -459,9 +453,7 @@ def generate(
     """
     model = view_of(unwrapped(model))
     check_is_decoder(model)
-    kwargs |= {"inputs": inputs, "generation_config": generation_config, "assistant_model": assistant_model, "streamer": streamer}
-    kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "synced_gpus": synced_gpus}
-    kwargs |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "prefill_chunk_size": prefill_chunk_size}
+    kwargs |= {"inputs": inputs, "generation_config": generation_config}
     kwargs |= {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     call = Call(model, kwargs)
     call.refuse_unsupported()

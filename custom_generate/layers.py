@@ -147,15 +147,6 @@ class SinkLayer(CacheLayerMixin):
     def values(self) -> torch.Tensor:
         return self.rings[1].slots
 
-    @property
-    def record_past(self) -> bool:
-        """Whether passes keep what they evict. transformers sets it back when it has drafted."""
-        return self.stream.is_recording
-
-    @record_past.setter
-    def record_past(self, value: bool) -> None:
-        self.stream.is_recording = value
-
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """`[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
         plan, (keys, values) = self.plan, self.rings
