@@ -195,15 +195,8 @@ RECURRENT = ["bamba", "falcon_h1", "granitemoehybrid", "lfm2", "qwen3_next", "za
 
 
 def zoo_model(model_type: str, dtype: torch.dtype = torch.float32):
-    """With the published limits of time steps."""
     needs_zoo_release()
-    special = zoo.SPECIAL.get(model_type, {})
-    published = {name: value for name, value in special.items() if name != "time_step_min"}
-    zoo.SPECIAL[model_type] = published
-    try:
-        return in_dtype(zoo.build_zoo_model(model_type), dtype)
-    finally:
-        zoo.SPECIAL[model_type] = special
+    return in_dtype(zoo.build_zoo_model(model_type), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -49,6 +49,8 @@ def test_exact_or_refused(model_type):
         with pytest.raises(ValueError):  # and generate refuses it too, before the first token
             generate(random_ids(5), model=model, max_new_tokens=2)
         return
+    if not traits.splits_exactly:  # with its published limits, no two feedings are alike; test_probe.py has them
+        model = without_limits_of_time_steps(build_zoo_model(model_type))
 
     input_ids = random_ids()
     expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
@@ -86,6 +88,30 @@ def test_what_is_accepted_in_float32_is_accepted_in_bfloat16(model_type):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert [r.fingerprint for r in ours.rotations] == [r.fingerprint for r in theirs.rotations]
+
+
+def without_limits_of_time_steps(model):
+    """transformers limits them in passes of several tokens only: attention, sinks and states are judged without."""
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    assert SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS).traits.splits_exactly
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["nemotron_h", "zamba2"])
+def test_published_limits_give_the_logits_of_transformers_own_generate(model_type):
+    """Such a model is not exact however it is fed, and says so: the prompt goes in one pass, new tokens singly, as there."""
+    model, options = build_zoo_model(model_type), {"max_new_tokens": 12, "do_sample": False, "output_logits": True}
+    assert not SinkCache.from_model(model, 32, NUM_SINK_TOKENS).traits.splits_exactly
+    prompt = random_ids(20, seed=3)
+    ours = generate(prompt, model=model, window_length=32, return_dict_in_generate=True, **options)
+    theirs = model.generate(prompt, return_dict_in_generate=True, **options)
+    assert ours.sequences.equal(theirs.sequences)
+    assert_same(torch.stack(ours.logits, 1), torch.stack(theirs.logits, 1))
+    chunked = generate(prompt, model=model, window_length=16, return_dict_in_generate=True, prefill_chunk_size=1, **options)
+    assert difference(torch.stack(chunked.logits, 1), torch.stack(theirs.logits, 1)) > TOLERANCE, "the comparison would mean nothing"
 
 
 def test_few_are_left_out():

@@ -163,9 +163,6 @@ SPECIAL: dict[str, dict] = {
     "mllama_text_model": {"cross_attention_layers": [1]},
     "reformer": {"attn_layers": ["local", "lsh"] * 2, "axial_pos_embds": False, "num_buckets": 2},
     "xlstm": {"hidden_size": 128},  # widths of keys and values are multiples of 64
-    # Clamped by transformers in passes of several tokens only, so that logits would depend on the feeding
-    "nemotron_h": {"time_step_min": 1e-9},
-    "zamba2": {"time_step_min": 1e-9},
     # Names
     "xmod": {"default_language": "en_XX"},
 }
