@@ -143,18 +143,20 @@ class Feed:
         cache, rest = self.cache, self.prompt.to(input_device(self.model))
         others = {name: value for name, value in others.items() if not name.startswith("output_")}
         uncompiled = uncompiled_copy(self.model)
+        shortest = 1 if cache.traits.splits_exactly or self.chunk_size == 1 else 2  # a single token would be computed otherwise
         while True:
             takes_parts = cache.takes_parts and rest.begins_without_padding and not rest.pictures
             size = self.chunk_size or self._default_chunk_size(takes_parts)
-            size = rest.num_columns if rest.pictures else min(size, cache.num_columns_at_once, self._num_columns_alike(rest))
-            longest_last = min(size, cache.window.part_length) if takes_parts else size
+            size = max(min(size, cache.num_columns_at_once), shortest)
+            size = rest.num_columns if rest.pictures else min(size, self._num_columns_alike(rest))
+            longest_last = min(size, cache.window.part_length) if takes_parts else max(size, 2 * shortest - 1)
             is_last = not rest.pictures and rest.num_columns <= (self.num_last or longest_last)
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.is_synced, device=rest.tokens.device):
                 return rest
             if is_last:
                 uncompiled(**others | _idle_pass(rest.tokens, rest.name))
                 continue
-            size = min(size, rest.num_columns - (self.num_last or 1))
+            size = min(size, rest.num_columns - (self.num_last or shortest))
             if takes_parts and size > cache.window.part_length:
                 size -= size % cache.window.part_length
             chunk, rest = rest.split(size)

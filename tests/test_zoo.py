@@ -49,8 +49,11 @@ def test_exact_or_refused(model_type):
         with pytest.raises(ValueError):  # and generate refuses it too, before the first token
             generate(random_ids(5), model=model, max_new_tokens=2)
         return
-    if not traits.splits_exactly:  # with its published limits, no two feedings are alike; test_probe.py has them
-        model = without_limits_of_time_steps(build_zoo_model(model_type))
+    if not traits.splits_exactly:  # its published limits are the matter of other tests: without them the oracle can judge it
+        model = build_zoo_model(model_type)
+        limit_time_steps(model, 0.0, float("inf"))
+        traits = traits_or_refusal(model)
+        assert traits.splits_exactly
 
     input_ids = random_ids()
     expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
@@ -90,13 +93,11 @@ def test_what_is_accepted_in_float32_is_accepted_in_bfloat16(model_type):
             assert [r.fingerprint for r in ours.rotations] == [r.fingerprint for r in theirs.rotations]
 
 
-def without_limits_of_time_steps(model):
-    """transformers limits them in passes of several tokens only: attention, sinks and states are judged without."""
+def limit_time_steps(model, *limits: float) -> None:
+    """transformers applies the limits in passes of several tokens only."""
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
-            module.time_step_limit = (0.0, float("inf"))
-    assert SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS).traits.splits_exactly
-    return model
+            module.time_step_limit = limits
 
 
 @torch.no_grad()
@@ -112,6 +113,17 @@ def test_published_limits_give_the_logits_of_transformers_own_generate(model_typ
     assert_same(torch.stack(ours.logits, 1), torch.stack(theirs.logits, 1))
     chunked = generate(prompt, model=model, window_length=16, return_dict_in_generate=True, prefill_chunk_size=1, **options)
     assert difference(torch.stack(chunked.logits, 1), torch.stack(theirs.logits, 1)) > TOLERANCE, "the comparison would mean nothing"
+
+
+@pytest.mark.parametrize("length", [17, 33])
+@pytest.mark.parametrize("model_type", ["nemotron_h", "zamba2"])
+def test_no_token_of_a_long_prompt_is_fed_singly(model_type, length):
+    """A prompt past the window goes in several passes, which agree with each other unless one brings a single token."""
+    model, prompt = build_zoo_model(model_type), random_ids(length, seed=3)
+    limit_time_steps(model, 0.1, float("inf"))  # so much that one token of the prompt shows
+    outputs = generate(prompt, model=model, window_length=16, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    cache = SinkCache.from_model(model, window_length=16)
+    assert_same(outputs.logits[0], feed(model, cache, prompt, [length - 9, 9])[:, -1])
 
 
 def test_few_are_left_out():
