@@ -17,6 +17,7 @@ from packaging.version import Version
 import chat
 from custom_generate.generate import SinkCache
 from families import TRANSFORMERS
+from processes import run_script
 from test_readme import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.skipif(TRANSFORMERS < Version("4.53"), reason="the READ
 
 
 def run(lines: list[str], *options) -> str:
-    command = [sys.executable, "scripts/chat.py", "--temperature", "0", "--window-length", "32", *map(str, options)]
-    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=300)
+    shown = ["--temperature", 0, "--window-length", 32, *options]
+    done = run_script("scripts/chat.py", *shown, cwd=ROOT, input="\n".join(lines))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

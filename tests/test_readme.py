@@ -27,6 +27,7 @@ import evaluate
 from custom_generate.feed import DEFAULT_PREFILL_CHUNK_SIZES
 from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, generate
 from custom_generate.options import UNSUPPORTED_OPTIONS
+from processes import run_script
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -155,7 +156,7 @@ assert cache.get_seq_length() >= text.shape[1] - 1
 
 @functools.cache
 def help_of(script: str) -> str:
-    return run([sys.executable, script, "--help"], ROOT).stdout
+    return run_script(script, "--help", cwd=ROOT).stdout
 
 
 @pytest.mark.parametrize("command", list(dict.fromkeys(command for page in PAGES for command in commands(page))))
@@ -167,7 +168,8 @@ def test_every_command_runs(command, copy_of_repository):
         pytest.importorskip("matplotlib")
     if script in SMALL and ANOTHER_MODEL.isdisjoint(options):
         options += shlex.split(SMALL[script])
-        done = run([sys.executable, script, *options], copy_of_repository, input="import os\n/stats\n")
+        done = run_script(script, *options, cwd=copy_of_repository, input="import os\n/stats\n")
+        assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads(done.stdout.strip().splitlines()[-1])
     else:
         assert all(option in help_of(script) for option in options if option.startswith("--"))

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -16,15 +15,14 @@ import plot
 import version_matrix
 from common import page_block
 from families import TRANSFORMERS
+from processes import run_script
 from zoo import ZOO_TYPES
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: str, expect_failure: bool = False) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
+def run(script: str, *arguments, expect_failure: bool = False) -> subprocess.CompletedProcess:
+    done = run_script(script, *arguments, cwd=ROOT)
     assert (done.returncode != 0) == expect_failure, done.stderr[-3000:]
     return done
 
