@@ -1,12 +1,13 @@
 """The text that a call passes, and its pictures."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from transformers.utils import logging
 
-from .options import TOKEN_TYPES, Call
+from .options import TOKEN_TYPES, Call, refusal
 from .releases import input_device
 
 SEE_EACH_OTHER = (
@@ -21,11 +22,11 @@ class Prompt:
 
     Attributes:
         padding_id: the id that was taken for padding, where it begins a row, because no mask is passed.
-        pictures: arguments of the model that go with the tokens, in one pass.
+        pictures: arguments of the model that go in one pass with all tokens but the last.
     """
 
     tokens: torch.Tensor
-    mask: torch.Tensor | None
+    mask: torch.Tensor | None = None
     name: str = "input_ids"
     padding_id: int | None = None
     pictures: dict = field(default_factory=dict)
@@ -35,32 +36,19 @@ class Prompt:
         return self.tokens.shape[1]
 
     @property
-    def begins_without_padding(self) -> bool:
-        """And so, as padding is on the left, has none."""
-        return self.mask is None or bool(self.mask[:, 0].all())
-
-    @property
     def arguments(self) -> dict:
         return {self.name: self.tokens, "attention_mask": self.mask}
 
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor], **others) -> "Prompt":
+        """The same with its tokens and its mask changed alike."""
+        return replace(self, tokens=change(self.tokens), mask=None if self.mask is None else change(self.mask), **others)
+
     def split(self, num_columns: int) -> tuple["Prompt", "Prompt"]:
-        masks = (None, None) if self.mask is None else (self.mask[:, :num_columns], self.mask[:, num_columns:])
-        parts = self.tokens[:, :num_columns], self.tokens[:, num_columns:]
-        types = {name: self.pictures[name][:, -self.num_columns :] for name in TOKEN_TYPES if name in self.pictures}
-        types = {name: value[:, :num_columns] for name, value in types.items()}
-        pictures = self.pictures | types, {}
-        return tuple(replace(self, tokens=each[0], mask=each[1], pictures=each[2]) for each in zip(parts, masks, pictures))
-
-    def followed_by(self, ids: torch.Tensor) -> "Prompt":
-        """For one text."""
-        return Prompt(torch.cat([self.tokens, ids.to(self.tokens)], dim=1), None) if ids.shape[1] else self
-
-    def to(self, device: torch.device) -> "Prompt":
-        return replace(self, tokens=self.tokens.to(device), mask=None if self.mask is None else self.mask.to(device))
+        first = self.changed(lambda each: each[:, :num_columns])
+        return first, self.changed(lambda each: each[:, num_columns:], pictures={})
 
     def repeat(self, num_copies: int) -> "Prompt":
-        mask = self.mask if self.mask is None else self.mask.repeat_interleave(num_copies, 0)
-        return replace(self, tokens=self.tokens.repeat_interleave(num_copies, 0), mask=mask)
+        return self.changed(lambda each: each.repeat_interleave(num_copies, 0))
 
     def last(self, num_tokens: list[int]) -> "Prompt":
         """The last tokens of each row."""
@@ -74,11 +62,8 @@ def whole_prompt(call: Call, cache) -> Prompt:
     """The text that the call passes. If it passes none, `input_ids` becomes the last token returned for each row, which the cache
     has not seen, or, for a new cache, the token that begins texts."""
     arguments, device = call.arguments, input_device(call.model)
-    for name in ("input_ids", "attention_mask"):
-        value = arguments.get(name)
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name} must be a Tensor, got {value!r:.50} ({type(value).__name__}).")
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    check_tensors(input_ids=ids, attention_mask=mask)
     if arguments.get("inputs_embeds") is not None:
         return Prompt(arguments["inputs_embeds"], mask, "inputs_embeds")
     if ids is None and cache.get_seq_length() > 0:
@@ -90,26 +75,31 @@ def whole_prompt(call: Call, cache) -> Prompt:
         ids = arguments["input_ids"] = torch.tensor(cache.unseen_token_ids, device=device)[:, None]
         if mask is None:  # for all tokens of the text
             mask = ids.new_ones(len(ids), cache.get_seq_length() + 1)
-    elif ids is None and call.options["bos_token_id"] is not None:
-        ids = arguments["input_ids"] = torch.full((1, 1), call.options["bos_token_id"], dtype=torch.long, device=device)
-    return Prompt(ids, mask) if mask is not None else _with_inferred_mask(ids, call.options)
+    elif ids is None and call.option("bos_token_id") is not None:
+        ids = arguments["input_ids"] = torch.full((1, 1), call.option("bos_token_id"), dtype=torch.long, device=device)
+    return Prompt(ids, mask) if mask is not None else _with_inferred_mask(ids, call)
 
 
-def _with_inferred_mask(ids: torch.Tensor | None, options: dict) -> Prompt:
+def check_tensors(**values) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a Tensor, got {value!r:.50} ({type(value).__name__}).")
+
+
+def _with_inferred_mask(ids: torch.Tensor | None, call: Call) -> Prompt:
     """Padding is the padding token where it begins a row, unless it also ends texts. (transformers takes it anywhere.)"""
-    pad, eos = options["pad_token_id"], options["eos_token_id"]
+    pad, eos = call.option("pad_token_id"), call.option("eos_token_id")
     if ids is None or ids.ndim != 2 or not isinstance(pad, int):
-        return Prompt(ids, None)
+        return Prompt(ids)
     is_padding = ids == pad
-    if pad not in (eos if isinstance(eos, list | tuple) else [eos]):
-        mask = (~is_padding).long().cummax(dim=1).values
-        return Prompt(ids, mask, padding_id=pad) if bool(is_padding.any()) else Prompt(ids, None)
-    if bool(is_padding[:, 0].any()) and not bool(is_padding[:, 0].all()):
+    if bool(is_padding.any()) and pad not in (eos if isinstance(eos, list | tuple) else [eos]):
+        return Prompt(ids, (~is_padding).long().cummax(dim=1).values, padding_id=pad)
+    if bool(is_padding[:, :1].any()) and not bool(is_padding[:, :1].all()):
         logging.get_logger(__name__).warning(
             "Some rows of the batch begin with the padding token, but it also ends texts and no attention_mask is passed: they "
             "are taken for tokens, and become the sinks. Pass the attention_mask that the tokenizer returns."
         )
-    return Prompt(ids, None)
+    return Prompt(ids)
 
 
 def with_pictures(unseen: Prompt, prompt: Prompt, call: Call, cache) -> Prompt:
@@ -121,15 +111,13 @@ def with_pictures(unseen: Prompt, prompt: Prompt, call: Call, cache) -> Prompt:
     """
     if not call.pictures:
         return unseen
-    name = max(call.pictures)  # pixel_values, where there are some
-    strangers = sorted(call.pictures.keys() - inspect.signature(call.model.forward).parameters.keys())
-    if strangers:
-        name, reason = strangers[0], f"{type(call.model).__name__} does not take it. Leave it out"
-    else:
-        reason = _reason_against_pictures(unseen, prompt, call, cache)
+    for name in sorted(call.pictures.keys() - inspect.signature(call.model.forward).parameters.keys()):
+        raise refusal(name, f"{type(call.model).__name__} does not take it. Leave it out")
+    reason = _reason_against_pictures(unseen, prompt, call, cache)
     if reason is not None:
-        raise ValueError(f"{name} can't be used with SinkCache: {reason}.")
-    return replace(unseen, pictures=call.pictures)
+        raise refusal(max(call.pictures), reason)  # pixel_values, where there are some
+    types = {name: call.pictures[name][:, -unseen.num_columns : -1] for name in TOKEN_TYPES if name in call.pictures}
+    return replace(unseen, pictures=call.pictures | types)
 
 
 def _reason_against_pictures(unseen: Prompt, prompt: Prompt, call: Call, cache) -> str | None:
