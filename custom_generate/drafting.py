@@ -1,6 +1,4 @@
-"""Assisted decoding: a few tokens are drafted, the model checks them in one pass, and rejected tokens are taken back.
-
-The loop is that of transformers."""
+"""Assisted decoding, in the loop of transformers: the model checks a few drafted tokens in one pass, and rejects some."""
 
 import copy
 import functools
@@ -117,9 +115,7 @@ def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
             body._modules = body._modules | {n: part[:num_layers] for n, part in lists.items()}
             shortened._modules = shortened._modules | {name: body}
     if shortened._modules is model._modules:
-        raise ValueError(
-            f"assistant_early_exit can't be used with {type(model).__name__}: its layers were not found. Leave it out."
-        )
+        raise ValueError(f"assistant_early_exit can't be used with {type(model).__name__}: no layers were found. Leave it out.")
     return shortened
 
 

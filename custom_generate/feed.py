@@ -22,9 +22,8 @@ GROWING_INPUTS = ("attention_mask", "position_ids")
 
 
 class Feed:
-    """Gives the model's own `generate` a view of the model whose forward passes take their inputs from here.
-
-    As a context manager it leaves a consistent cache behind, whatever happens.
+    """Gives the model's own `generate` a view of the model whose forward passes take their inputs from here. As a context manager
+    it leaves a consistent cache behind, whatever happens.
 
     Attributes:
         prompt: what the cache has not seen yet.
@@ -100,7 +99,7 @@ class Feed:
     def _inputs_of_next_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
         device = input_device(self.model)
         if self.is_idle:
-            return _idle_pass(input_ids.to(device), "input_ids")
+            return {"input_ids": input_ids[:, -1:].to(device), "use_cache": False}
         if self.num_padding_columns is None:
             return self.first_pass(input_ids, others)
         self._note_ends()
@@ -144,8 +143,8 @@ class Feed:
             is_last = not rest.pictures and rest.num_columns <= (self.num_last or min(size, part_length))
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.is_synced, device=rest.tokens.device):
                 return rest
-            if is_last:
-                uncompiled(**others | _idle_pass(rest.tokens, rest.name))
+            if is_last:  # a pass that only keeps step: where weights are sharded, no process can run the model alone
+                uncompiled(**others | {rest.name: rest.tokens[:, -1:], "use_cache": False})
                 continue
             size = min(size, rest.num_columns - (self.num_last or 1))
             chunk, rest = rest.split(size - size % part_length if size > part_length else size)
@@ -206,8 +205,3 @@ class BeamFeed(Feed):
                 self.cache.batch_repeat_interleave(len(self.sequences) // self.cache.batch_size or 1)
             self.sequences = self.sequences[:, : self.num_columns]  # no columns for embeddings: their last token has no id
         super().__exit__(*error)
-
-
-def _idle_pass(tokens: torch.Tensor, name: str) -> dict:
-    """A pass that only keeps step: where weights are sharded (`synced_gpus`), no process can run the model alone."""
-    return {name: tokens[:, -1:], "use_cache": False}

@@ -6,9 +6,8 @@ import torch
 from transformers import LogitsProcessor
 
 from .feed import Feed
-from .history import unseen_part
 from .options import NEGATIVE_PROMPT, Call
-from .prompt import Prompt, check_tensors
+from .prompt import Prompt, check_tensors, unseen_part
 from .releases import input_device
 
 
@@ -39,7 +38,7 @@ class Guidance(LogitsProcessor):
                 raise ValueError(f"negative_prompt_ids can't be used: {error}") from None
             if len(ids) != len(prompt.tokens):
                 raise ValueError(
-                    f"negative_prompt_ids has {len(ids)} rows, and the prompt has {len(prompt.tokens)}. Pass one for each."
+                    f"negative_prompt_ids has {len(ids)} rows, and the prompt has {len(prompt.tokens)}. Pass as many."
                 )
         second.bind(call.model)
         return cls(scale, Feed(call.model, second, negative, call.chunk_size))
@@ -70,8 +69,7 @@ def _check_guidance(call: Call, scale: float, prompt: Prompt, ids, mask) -> None
     if ids is None and (prompt.name == "inputs_embeds" or mask is not None):
         what = "inputs_embeds have none" if mask is None else "negative_prompt_attention_mask belongs to another text"
         raise ValueError(
-            f"guidance_scale={scale} takes the last token of the prompt for its second text, and {what}. Pass "
-            "negative_prompt_ids."
+            f"guidance_scale={scale} begins its second text with the last token, and {what}. Pass negative_prompt_ids."
         )
 
 

@@ -62,10 +62,9 @@ class Call:
     """A call of `generate`.
 
     Attributes:
-        arguments: what the call itself passes, but for arguments of the loader, the cache and the pictures; a prompt that is
-            passed as `inputs` is `input_ids`.
+        arguments: what the call itself passes, but for arguments of the loader, cache and pictures. `inputs` is `input_ids`.
         cache: the cache that the call passes, under either name.
-        pictures: arguments of the model that go with the new tokens; none for token types that name no picture.
+        pictures: arguments of the model that go with the new tokens.
         num_copies: rows for each text.
     """
 
@@ -76,8 +75,8 @@ class Call:
         if (ids := self._take("prompt", "inputs", "input_ids")) is not None:
             self.arguments["input_ids"] = ids
         names = [name for name in self.arguments if name.startswith((*PICTURES, *TOKEN_TYPES))]
-        named = {name: value for name in names if (value := self.arguments.pop(name)) is not None}
-        self.pictures = {name: value for name, value in named.items() if name not in TOKEN_TYPES or value.any()}
+        given = {name: value for name in names if (value := self.arguments.pop(name)) is not None}
+        self.pictures = {name: value for name, value in given.items() if name not in TOKEN_TYPES or bool(value.any())}
         num_beams = self.option("num_beams") or 1
         self.has_beams = num_beams > 1
         self.drafting_options = [name for name in DRAFTING_OPTIONS if self.option(name) is not None]
@@ -159,22 +158,18 @@ class Call:
         return None
 
     def _check_cache(self, cache) -> None:
-        mode, quantization = self.cache_mode, cache.quantization
+        wrong, mode, quantization = {}, self.cache_mode, cache.quantization
         for name, value in mode.items():
             if not cache.arguments[name]:
-                raise ValueError(
-                    f'cache_implementation="{name}" was asked for, and the cache that is passed is not {name}. Leave the '
-                    f"argument out, or pass a new cache, made with {name}={value}."
-                )
-        sizes = {name: getattr(cache, name) for name in CACHE_SIZES}
-        made_with = {name: size for name, size in sizes.items() if self.arguments.get(name) not in (None, size)}
-        if mode.get("quantized") and type(quantization).of(mode["quantized"]) != quantization:
-            made_with["cache_config"] = quantization
-        for name, value in made_with.items():
-            raise ValueError(
-                f"{name}={self.asked(name)} was asked for, and the cache that is passed was made with {value}. Leave the "
-                "argument out, or pass a new cache."
-            )
+                wrong[f'cache_implementation="{name}"'] = f"is not {name}: it was not made with {name}={value}"
+        for name in CACHE_SIZES:
+            if self.arguments.get(name) not in (None, cache.arguments[name]):
+                wrong[f"{name}={self.arguments[name]}"] = f"was made with {cache.arguments[name]}"
+        options = mode.get("quantized")
+        if options and quantization is not None and type(quantization).of(options) != quantization:
+            wrong[f"cache_config={options}"] = f"was made with {quantization}"
+        for asked, reason in wrong.items():
+            raise ValueError(f"{asked} was asked for, and the cache that is passed {reason}. Leave it out, or pass a new cache.")
 
     @property
     def is_synced(self) -> bool:
