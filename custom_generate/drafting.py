@@ -127,22 +127,16 @@ class Drafter:
         self.model, self.cache, self.chunk_size, self.num_cut_anew = model, cache, chunk_size, num_cut_anew
         self.text = torch.zeros(1, 0, dtype=torch.long, device=input_device(model))  # with the last draft
 
-    def __call__(self, input_ids, generation_config, logits_processor, min_new_tokens: int, max_new_tokens: int, **others):
-        """What a candidate generator calls. `others` are inputs of the model that checks."""
+    def __call__(self, input_ids, generation_config, logits_processor, min_new_tokens: int, max_new_tokens: int, **_):
+        """What a candidate generator calls, which also passes inputs of the model that checks."""
         self._roll_back(input_ids)
-        unseen = Prompt(input_ids[:, self.cache.num_tokens_seen :], None)
+        unseen = Prompt(input_ids[:, self.cache.num_tokens_seen :])
         num_last = 2 + self.num_cut_anew  # the last token of a draft, which was not fed, and the one that follows it
         feed = DraftFeed(self.model, self.cache, unseen, self.chunk_size, num_columns=input_ids.shape[1], num_last=num_last)
-        outputs = type(self.model).generate(
-            feed.view(),
-            input_ids,
-            generation_config=without_our_options(generation_config),
-            logits_processor=logits_processor,
-            min_new_tokens=min_new_tokens,
-            max_new_tokens=max_new_tokens,
-            attention_mask=torch.ones_like(input_ids),
-            **{CACHE_NAME: self.cache},
-        )
+        config = without_our_options(generation_config)
+        lengths = {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
+        others = {"attention_mask": torch.ones_like(input_ids), CACHE_NAME: self.cache}
+        outputs = type(self.model).generate(feed.view(), input_ids, config, logits_processor, **lengths, **others)
         self.text = outputs.sequences
         setattr(outputs, CACHE_NAME, None)  # else transformers takes tokens back, by a count of its own
         return outputs

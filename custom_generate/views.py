@@ -48,7 +48,7 @@ def view_of(model: torch.nn.Module) -> torch.nn.Module:
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"SinkCache makes masks for eager and sdpa attention, and {type(model).__name__} was loaded with "
-            f'{config._attn_implementation}, which cannot be changed. Load it with from_pretrained(..., attn_implementation="sdpa").'
+            f'{config._attn_implementation}, which is fixed then. Load it with from_pretrained(..., attn_implementation="sdpa").'
         )
     has_sdpa = all(part._supports_sdpa for part in model.modules() if isinstance(part, PreTrainedModel))
     view = shallow_copy(_copied(model, "sdpa" if has_sdpa else "eager", _configs.setdefault(model, {})))
