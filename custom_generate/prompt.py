@@ -276,6 +276,7 @@ def with_pictures(unseen: Prompt, prompt: Prompt, call: Call, cache) -> Prompt:
     reason = _reason_against_pictures(unseen, prompt, call, cache)
     if reason is not None:
         raise refusal(max(call.pictures), reason)  # pixel_values, where there are some
+    # Of the types, which the call passes for all tokens, those of this pass.
     types = {name: call.pictures[name][:, -unseen.num_columns : -1] for name in TOKEN_TYPES if name in call.pictures}
     return replace(unseen, pictures=call.pictures | types)
 
