@@ -1,9 +1,8 @@
-"""Assisted decoding: a few tokens are drafted, the model checks them in one pass, and rejected tokens are taken back.
-
-The loop is that of transformers."""
+"""Assisted decoding, in the loop of transformers: the model checks a few drafted tokens in one pass, and rejects some."""
 
 import copy
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -27,7 +26,7 @@ class DraftFeed(Feed):
 
     def view(self) -> torch.nn.Module:
         view = super().view()
-        view._get_candidate_generator = functools.partial(ShortDrafts.of, self.model, self.cache)
+        view._get_candidate_generator = functools.partial(ShortDrafts, self.model, self.cache)
         return view
 
     def first_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
@@ -39,7 +38,8 @@ class DraftFeed(Feed):
 
     def last_chunk(self, chunk: Prompt, input_ids: torch.Tensor) -> Prompt:
         self.cache.activate_past_recording()
-        return chunk.followed_by(input_ids[:, self.num_columns :])
+        draft = input_ids[:, self.num_columns :].to(chunk.tokens)
+        return replace(chunk, tokens=torch.cat([chunk.tokens, draft], dim=1))
 
     def __exit__(self, *error) -> None:
         if self.has_begun:
@@ -62,16 +62,16 @@ def check_drafting(call: Call, cache, prompt: Prompt) -> None:
             f"Assisted decoding takes one text, and this would be {num_rows}, which go on by different numbers of tokens. "
             "Generate them one by one, without beams and copies, or leave the assistance out."
         )
-    _check_roll_back(call.model, cache)
+    _check_roll_back(call.model, cache.traits)
 
 
-def _check_roll_back(model: torch.nn.Module, cache) -> None:
-    reason = "has recurrent states, from which no token can be taken back"
-    if not cache.traits.is_recurrent:
-        reason = "depends on the order of the keys, so that past the window it can't check several tokens in one pass"
-    if cache.traits.is_recurrent or cache.traits.is_ordered:
-        name = type(model).__name__
-        raise ValueError(f"Assisted decoding can't be used with {name}, which {reason}. Leave the assistance out.")
+def _check_roll_back(model: torch.nn.Module, traits) -> None:
+    if not (traits.is_recurrent or traits.is_ordered):
+        return
+    reason = "depends on the order of the keys, so that past the window it can't check several tokens in one pass"
+    if traits.is_recurrent:
+        reason = "has recurrent states, from which no token can be taken back"
+    raise ValueError(f"Assisted decoding can't be used with {type(model).__name__}, which {reason}. Leave the assistance out.")
 
 
 def drafting_model(call: Call, cache) -> torch.nn.Module | None:
@@ -79,7 +79,7 @@ def drafting_model(call: Call, cache) -> torch.nn.Module | None:
 
     Nothing is left on the assistant: what transformers writes to its generation config stays on the copy.
     """
-    assistant, num_layers = call.arguments.get("assistant_model"), call.options["assistant_early_exit"]
+    assistant, num_layers = call.arguments.get("assistant_model"), call.option("assistant_early_exit")
     if num_layers is not None:
         assistant = _first_layers(viewed(call.model), num_layers)
     if assistant is None:
@@ -87,7 +87,7 @@ def drafting_model(call: Call, cache) -> torch.nn.Module | None:
     assistant = view_of(unwrapped(assistant))
     own_cache = cache.empty_like()
     own_cache.bind(assistant)
-    _check_roll_back(assistant, own_cache)
+    _check_roll_back(assistant, own_cache.traits)
     view = shallow_copy(assistant)
     view.generation_config = without_our_options(assistant.generation_config)
     num_cut_anew = 0 if call.arguments.get("assistant_tokenizer") is None else NUM_TOKENS_CUT_ANEW
@@ -115,9 +115,7 @@ def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
             body._modules = body._modules | {n: part[:num_layers] for n, part in lists.items()}
             shortened._modules = shortened._modules | {name: body}
     if shortened._modules is model._modules:
-        raise ValueError(
-            f"assistant_early_exit can't be used with {type(model).__name__}: its layers were not found. Leave it out."
-        )
+        raise ValueError(f"assistant_early_exit can't be used with {type(model).__name__}: no layers were found. Leave it out.")
     return shortened
 
 
@@ -129,22 +127,16 @@ class Drafter:
         self.model, self.cache, self.chunk_size, self.num_cut_anew = model, cache, chunk_size, num_cut_anew
         self.text = torch.zeros(1, 0, dtype=torch.long, device=input_device(model))  # with the last draft
 
-    def __call__(self, input_ids, generation_config, logits_processor, min_new_tokens: int, max_new_tokens: int, **others):
-        """What a candidate generator calls. `others` are inputs of the model that checks."""
+    def __call__(self, input_ids, generation_config, logits_processor, min_new_tokens: int, max_new_tokens: int, **_):
+        """What a candidate generator calls, which also passes inputs of the model that checks."""
         self._roll_back(input_ids)
-        unseen = Prompt(input_ids[:, self.cache.num_tokens_seen :], None)
+        unseen = Prompt(input_ids[:, self.cache.num_tokens_seen :])
         num_last = 2 + self.num_cut_anew  # the last token of a draft, which was not fed, and the one that follows it
         feed = DraftFeed(self.model, self.cache, unseen, self.chunk_size, num_columns=input_ids.shape[1], num_last=num_last)
-        outputs = type(self.model).generate(
-            feed.view(),
-            input_ids,
-            generation_config=without_our_options(generation_config),
-            logits_processor=logits_processor,
-            min_new_tokens=min_new_tokens,
-            max_new_tokens=max_new_tokens,
-            attention_mask=torch.ones_like(input_ids),
-            **{CACHE_NAME: self.cache},
-        )
+        config = without_our_options(generation_config)
+        lengths = {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
+        others = {"attention_mask": torch.ones_like(input_ids), CACHE_NAME: self.cache}
+        outputs = type(self.model).generate(feed.view(), input_ids, config, logits_processor, **lengths, **others)
         self.text = outputs.sequences
         setattr(outputs, CACHE_NAME, None)  # else transformers takes tokens back, by a count of its own
         return outputs
@@ -161,23 +153,19 @@ class Drafter:
 
 
 class ShortDrafts:
-    """A candidate generator of transformers whose drafts are cut to `length`, so that a pass over one can be taken back."""
+    """The candidate generator that a model has, with its drafts cut so that a pass over one can be taken back."""
 
-    def __init__(self, generator, cache, length: int):
-        self.generator, self.cache, self.length = generator, cache, length
-
-    @classmethod
-    def of(cls, model: torch.nn.Module, cache, generation_config, **kwargs) -> "ShortDrafts":
-        """What `_get_candidate_generator` of the model makes, and cut."""
+    def __init__(self, model: torch.nn.Module, cache, generation_config, **kwargs):
         if kwargs.get("assistant_tokenizer") is not None:
             # Else, for sampling, it cuts down the assistant itself, for good. Greedy drafts lead to the same distribution.
             generation_config = copy.deepcopy(generation_config)
             generation_config.do_sample = False
-        generator = model._get_candidate_generator(generation_config=generation_config, **kwargs)
+        self.generator = model._get_candidate_generator(generation_config=generation_config, **kwargs)
+        self.cache = cache
         num_kept = [window.num_recent for window, _ in cache.stream.places]
         if cache.quantization is not None:
             num_kept.append(cache.quantization.min_recent)  # tokens that are not quantized
-        return cls(generator, cache, min(num_kept) - 1)
+        self.length = min(num_kept) - 1
 
     def get_candidates(self, input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The text `[1, length]` with a draft behind it, and the logits of the draft if there are any."""

@@ -7,16 +7,9 @@ import torch
 from transformers import StoppingCriteriaList
 
 from .doors import count_tokens
-from .options import PICTURES, TOKEN_TYPES, without_our_options
+from .options import PICTURES, TOKEN_TYPES, refusal, without_our_options
 from .prompt import SEE_EACH_OTHER, Prompt
-from .releases import (
-    CACHE_NAME,
-    CACHE_NAMES,
-    input_device,
-    shallow_copy,
-    stop_counting,
-    uncompiled_copy,
-)
+from .releases import CACHE_NAME, CACHE_NAMES, input_device, shallow_copy, stop_counting, uncompiled_copy
 
 # Tokens of a prompt that go through the model in one pass: while the window is filling, once it is full, and where it is full but
 # the pass can't come in parts. There is one moved copy of the sinks for each token: with many sinks, passes are shorter.
@@ -29,9 +22,8 @@ GROWING_INPUTS = ("attention_mask", "position_ids")
 
 
 class Feed:
-    """Gives the model's own `generate` a view of the model whose forward passes take their inputs from here.
-
-    As a context manager it leaves a consistent cache behind, whatever happens.
+    """Gives the model's own `generate` a view of the model whose forward passes take their inputs from here. As a context manager
+    it leaves a consistent cache behind, whatever happens.
 
     Attributes:
         prompt: what the cache has not seen yet.
@@ -51,9 +43,8 @@ class Feed:
     def __init__(self, model: torch.nn.Module, cache, prompt: Prompt | None, chunk_size: int | None, is_synced: bool = False):
         self.model, self.cache, self.prompt, self.chunk_size, self.is_synced = model, cache, prompt, chunk_size, is_synced
         self.num_padding_columns, self.is_idle, self.sequences = None, False, None
+        self.stopped, self.ends = None, {}
         self.before = cache.num_tokens_seen_by_row, cache.unseen_token_ids
-        self.stopped: tuple[torch.Tensor, int] | None = None
-        self.ends: dict[int, int] = {}
 
     def __enter__(self) -> "Feed":
         return self
@@ -62,9 +53,10 @@ class Feed:
         cache, sequences = self.cache, self.sequences
         if sequences is not None:
             self._note_ends()
-            has_last = sequences.shape[1] > 0 and len(sequences) == cache.batch_size
-            ends = [self.ends.get(row, sequences.shape[1]) for row in range(len(sequences))]
-            cache.unseen_token_ids = sequences[range(len(ends)), [end - 1 for end in ends]].tolist() if has_last else None
+            num_rows, num_columns = sequences.shape
+            last = [self.ends.get(row, num_columns) - 1 for row in range(num_rows)]
+            has_last = num_columns > 0 and num_rows == cache.batch_size
+            cache.unseen_token_ids = sequences[range(num_rows), last].tolist() if has_last else None
         elif cache.num_tokens_seen_by_row == self.before[0]:  # no pass has ended
             cache.unseen_token_ids = self.before[1]
 
@@ -107,7 +99,7 @@ class Feed:
     def _inputs_of_next_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
         device = input_device(self.model)
         if self.is_idle:
-            return _idle_pass(input_ids.to(device), "input_ids")
+            return {"input_ids": input_ids[:, -1:].to(device), "use_cache": False}
         if self.num_padding_columns is None:
             return self.first_pass(input_ids, others)
         self._note_ends()
@@ -120,8 +112,7 @@ class Feed:
         """Read which rows have ended. Not at once: `generate` itself waits for the device first."""
         if self.stopped is not None:
             (has_ended, num_columns), self.stopped = self.stopped, None
-            for row in [row for row, ended in enumerate(has_ended.tolist()) if ended]:
-                self.ends.setdefault(row, num_columns)
+            self.ends = {row: num_columns for row, ended in enumerate(has_ended.tolist()) if ended} | self.ends
 
     def first_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
         """Feeds the prompt. Returns the inputs of its last pass, the first one of which `generate` knows."""
@@ -140,45 +131,50 @@ class Feed:
 
     def all_but_last_chunk(self, others: dict) -> Prompt:
         """Run the prompt through the model but for its last chunk, which is returned. Each pass takes `others`, too."""
-        cache, rest = self.cache, self.prompt.to(input_device(self.model))
+        cache, device = self.cache, input_device(self.model)
+        rest = self.prompt.changed(lambda each: each.to(device))
         others = {name: value for name, value in others.items() if not name.startswith("output_")}
-        uncompiled = uncompiled_copy(self.model)
-        shortest = 1 if cache.traits.splits_exactly or self.chunk_size == 1 else 2  # a single token would be computed otherwise
+        uncompiled, shortest = uncompiled_copy(self.model), self._shortest_pass
         while True:
-            takes_parts = cache.takes_parts and rest.begins_without_padding and not rest.pictures
-            size = self.chunk_size or self._default_chunk_size(takes_parts)
-            size = max(min(size, cache.num_columns_at_once), shortest)
-            size = rest.num_columns if rest.pictures else min(size, self._num_columns_alike(rest))
-            longest_last = min(size, cache.window.part_length) if takes_parts else max(size, 2 * shortest - 1)
+            is_unpadded = rest.mask is None or bool(rest.mask[:, 0].all())  # padding is on the left
+            takes_parts = cache.takes_parts and is_unpadded and not rest.pictures
+            part_length = cache.window.part_length if takes_parts else rest.num_columns
+            size = self._longest_pass(rest, takes_parts)
+            longest_last = max(min(size, part_length), 2 * shortest - 1)
             is_last = not rest.pictures and rest.num_columns <= (self.num_last or longest_last)
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.is_synced, device=rest.tokens.device):
                 return rest
-            if is_last:
-                uncompiled(**others | _idle_pass(rest.tokens, rest.name))
+            if is_last:  # a pass that only keeps step: where weights are sharded, no process can run the model alone
+                uncompiled(**others | {rest.name: rest.tokens[:, -1:], "use_cache": False})
                 continue
             size = min(size, rest.num_columns - (self.num_last or shortest))
-            if takes_parts and size > cache.window.part_length:
-                size -= size % cache.window.part_length
-            chunk, rest = rest.split(size)
-            num_parts = cache.num_parts_of(size) if takes_parts else 1
-            inputs = cache.prepare(**chunk.arguments, num_parts=num_parts)
+            chunk, rest = rest.split(size - size % part_length if size > part_length else size)
+            inputs = cache.prepare(**chunk.arguments, num_parts=cache.num_parts_of(chunk.num_columns) if takes_parts else 1)
             if inputs["attention_mask"] is not None and not chunk.pictures.keys().isdisjoint(TOKEN_TYPES):
-                raise ValueError(f"{max(chunk.pictures)} can't be used with SinkCache: {SEE_EACH_OTHER}.")
+                raise refusal(max(chunk.pictures), SEE_EACH_OTHER)
             uncompiled(**others | chunk.pictures | inputs)
 
-    def _default_chunk_size(self, takes_parts: bool) -> int:
-        filling, full, undivided = DEFAULT_PREFILL_CHUNK_SIZES
-        if self.cache.num_tokens_seen < self.cache.window_length:
-            return filling if self.cache.traits.splits_exactly else self.cache.window_length  # at once, as transformers does
-        return max(min(full, MAX_SINK_COPIES // max(self.cache.num_sink_tokens, 1)), undivided) if takes_parts else undivided
+    @property
+    def _shortest_pass(self) -> int:
+        """Two columns, if the model computes a single token in another way than several (and nobody asks for single tokens)."""
+        return 1 if self.cache.traits.splits_exactly or self.chunk_size == 1 else 2
 
-    def _num_columns_alike(self, rest: Prompt) -> int:
-        """How many columns may come in one pass. With recurrent states, a row that goes on is then all padding, or has none."""
-        padding = []
-        if self.cache.traits.is_recurrent and rest.mask is not None:
-            rows = zip(self.cache.num_tokens_seen_by_row, count_tokens(rest.mask))
+    def _longest_pass(self, rest: Prompt, takes_parts: bool) -> int:
+        """How many columns of the rest of the prompt may come in one pass, and are fastest so."""
+        cache, traits = self.cache, self.cache.traits
+        filling, full, undivided = DEFAULT_PREFILL_CHUNK_SIZES
+        if rest.pictures:
+            return rest.num_columns
+        if cache.num_tokens_seen < cache.window_length:
+            size = filling if traits.splits_exactly else cache.window_length  # at once, as transformers does
+        else:
+            size = max(min(full, MAX_SINK_COPIES // max(cache.num_sink_tokens, 1)), undivided) if takes_parts else undivided
+        size = max(min(self.chunk_size or size, cache.num_columns_at_once), self._shortest_pass)
+        if traits.is_recurrent and rest.mask is not None:  # a row that goes on has to be all padding, or to have none
+            rows = zip(cache.num_tokens_seen_by_row, count_tokens(rest.mask))
             padding = [rest.num_columns - num_new for num_seen, num_new in rows if num_seen > 0]
-        return min(filter(None, padding), default=rest.num_columns)
+            size = min(size, *filter(None, padding), rest.num_columns)
+        return size
 
 
 class NotedCriteria(StoppingCriteriaList):
@@ -215,8 +211,3 @@ class BeamFeed(Feed):
                 self.cache.batch_repeat_interleave(len(self.sequences) // self.cache.batch_size or 1)
             self.sequences = self.sequences[:, : self.num_columns]  # no columns for embeddings: their last token has no id
         super().__exit__(*error)
-
-
-def _idle_pass(tokens: torch.Tensor, name: str) -> dict:
-    """A pass that only keeps step: where weights are sharded (`synced_gpus`), no process can run the model alone."""
-    return {name: tokens[:, -1:], "use_cache": False}

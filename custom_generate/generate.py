@@ -40,7 +40,6 @@ from .doors import (
 from .drafting import DraftFeed, check_drafting, drafting_model
 from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
-from .history import unseen_part
 from .inputs import ModelInputs
 from .layers import SinkLayer  # noqa: F401
 from .models import check_is_decoder, check_mode
@@ -48,7 +47,7 @@ from .offloaded import OffloadedStream
 from .options import Call
 from .plan import Pass
 from .probe import model_traits
-from .prompt import whole_prompt, with_pictures
+from .prompt import unseen_part, whole_prompt, with_pictures
 from .quantization import Quantization
 from .quantized import QuantizedStream
 from .reading import ReadableCache

@@ -6,9 +6,8 @@ import torch
 from transformers import LogitsProcessor
 
 from .feed import Feed
-from .history import unseen_part
-from .options import NEUTRAL_VALUES, NOT_WITH_GUIDANCE, Call
-from .prompt import Prompt
+from .options import NEGATIVE_PROMPT, Call
+from .prompt import Prompt, check_tensors, unseen_part
 from .releases import input_device
 
 
@@ -26,10 +25,10 @@ class Guidance(LogitsProcessor):
         Raises:
             ValueError: the second text can't be processed exactly.
         """
-        scale = call.options["guidance_scale"]
+        scale = call.option("guidance_scale")
         if scale is None or scale == 1:
             return None
-        ids, mask = call.arguments.get("negative_prompt_ids"), call.arguments.get("negative_prompt_attention_mask")
+        ids, mask = (call.arguments.get(name) for name in NEGATIVE_PROMPT)
         _check_guidance(call, scale, prompt, ids, mask)
         second, negative = cache.empty_like(), None
         if ids is not None:
@@ -38,8 +37,9 @@ class Guidance(LogitsProcessor):
             except ValueError as error:
                 raise ValueError(f"negative_prompt_ids can't be used: {error}") from None
             if len(ids) != len(prompt.tokens):
-                rows = f"{len(ids)} rows, and the prompt has {len(prompt.tokens)}"
-                raise ValueError(f"negative_prompt_ids has {rows}. Pass one for each.")
+                raise ValueError(
+                    f"negative_prompt_ids has {len(ids)} rows, and the prompt has {len(prompt.tokens)}. Pass as many."
+                )
         second.bind(call.model)
         return cls(scale, Feed(call.model, second, negative, call.chunk_size))
 
@@ -47,10 +47,10 @@ class Guidance(LogitsProcessor):
         """Scores `[rows, vocab]` in, log-probabilities out."""
         feed, model = self.feed, self.feed.model
         others = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-        new = Prompt(input_ids[:, -1:].to(input_device(model)), None)
+        new = Prompt(input_ids[:, -1:].to(input_device(model)))
         if not feed.cache.is_initialized:
-            feed.prompt = feed.prompt or new
-            feed.prompt = feed.prompt.repeat(len(input_ids) // len(feed.prompt.tokens))
+            first = feed.prompt or new
+            feed.prompt = first.repeat(len(input_ids) // len(first.tokens))
             new = feed.all_but_last_chunk(others)
         logits = model(**others | feed.cache.prepare(**new.arguments)).logits[:, -1]
         negative = logits.to(scores).log_softmax(-1)
@@ -60,20 +60,16 @@ class Guidance(LogitsProcessor):
 def _check_guidance(call: Call, scale: float, prompt: Prompt, ids, mask) -> None:
     if not isinstance(scale, int | float):
         raise ValueError(f"guidance_scale must be a number, got {scale!r} ({type(scale).__name__}).")
-    for name in NOT_WITH_GUIDANCE:
-        if call.options[name] not in (None, False, *NEUTRAL_VALUES.get(name, ())):
-            raise ValueError(
-                f"guidance_scale={scale} can't be used with {name}: the second text would not follow where the first one goes on "
-                "from another beam or takes tokens back. Leave one of them out."
-            )
-    for name, value in (("negative_prompt_ids", ids), ("negative_prompt_attention_mask", mask)):
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name} must be a Tensor, got {value!r:.50} ({type(value).__name__}).")
+    for name in ["num_beams"] if call.has_beams else call.drafting_options:
+        raise ValueError(
+            f"guidance_scale={scale} can't be used with {name}: the second text would not follow where the first one goes on "
+            "from another beam or takes tokens back. Leave one of them out."
+        )
+    check_tensors(negative_prompt_ids=ids, negative_prompt_attention_mask=mask)
     if ids is None and (prompt.name == "inputs_embeds" or mask is not None):
         what = "inputs_embeds have none" if mask is None else "negative_prompt_attention_mask belongs to another text"
         raise ValueError(
-            f"guidance_scale={scale} takes the last token of the prompt for its second text, and {what}. Pass "
-            "negative_prompt_ids."
+            f"guidance_scale={scale} begins its second text with the last token, and {what}. Pass negative_prompt_ids."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a call of `generate` asks for: its options, each looked up once, and which of them a `SinkCache` can't serve."""
+"""What a call of `generate` asks for, and which options a `SinkCache` can't serve."""
 
 import copy
 
@@ -8,6 +8,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
+from .doors import check_count
 from .releases import CACHE_NAME, CACHE_NAMES, input_device
 
 # Arguments of transformers' loader of custom code, which it hands on.
@@ -36,99 +37,90 @@ UNSUPPORTED_OPTIONS |= dict.fromkeys(
 CACHE_OPTIONS = ("cache_implementation", "cache_config", "max_cache_len", "continuous_batching_config", "return_legacy_cache")
 # Names under which transformers offloads caches. With a window it makes no difference whether they would grow.
 OFFLOADED = ("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked")
+# Values of unsupported options that are served, or equal to the default behaviour.
+SERVED_VALUES = {
+    "cache_implementation": ("dynamic", "static", "quantized", *OFFLOADED),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+}
 # Options by which several tokens are drafted, for the model to check them in one pass.
 DRAFTING_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-# Options under which the text is not just continued, token by token, as the second text of guidance would have to follow.
-NOT_WITH_GUIDANCE = ("num_beams", *DRAFTING_OPTIONS)
 # Options of a generation config that are carried out here: transformers gets None in their place.
 CONFIG_OPTIONS = ("cache_implementation", "cache_config", "prefill_chunk_size", "guidance_scale", "assistant_early_exit")
 CACHE_SIZES = ("window_length", "num_sink_tokens")
-# Arguments that are carried out here, and that transformers does not get.
-OUR_OPTIONS = (
-    *(*CONFIG_OPTIONS, *CACHE_SIZES),
-    *("inputs", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"),
-)
+NEGATIVE_PROMPT = ("negative_prompt_ids", "negative_prompt_attention_mask")
+# Tensors that `generate` takes, beside pictures. Any other tensor comes with each token of a prompt, and is refused.
+PROMPTS = ("input_ids", "inputs_embeds", "attention_mask", *NEGATIVE_PROMPT)
 # Arguments that begin so are pictures. They go through the model in one pass with the new tokens, and transformers does not get
 # them: it would repeat them for beams, and hand them on in the first pass that it knows of.
 PICTURES = ("pixel_", "image_", "batch_num_images", "mm_encoder_outputs")
 # Say for each token what it is, 0 for text. Some models need it to let the tokens of a picture see each other.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-# Tensors that `generate` takes beside these. Any other tensor comes with each token of a prompt, and is refused.
-PROMPTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
-# Options that are looked up in the call, then in its generation config, then in that of the model.
-OPTIONS = (
-    *UNSUPPORTED_OPTIONS,
-    *NOT_WITH_GUIDANCE,
-    *OUR_OPTIONS,
-    *"use_cache num_return_sequences bos_token_id pad_token_id eos_token_id".split(),
-)
-# Values equal to the default behaviour; not refused.
-NEUTRAL_VALUES = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "penalty_alpha": (0,),
-    "cache_implementation": ("dynamic", "static", "quantized", *OFFLOADED),
-}
 
 
 class Call:
     """A call of `generate`.
 
     Attributes:
-        arguments: what the call itself passes, but for arguments of the loader and the cache.
+        arguments: what the call itself passes, but for arguments of the loader, cache and pictures. `inputs` is `input_ids`.
         cache: the cache that the call passes, under either name.
         pictures: arguments of the model that go with the new tokens.
-        asked: the value of each of `OPTIONS` in the call or in its generation config; None where both leave it out.
-        options: the same, completed by the generation config of the model.
+        num_copies: rows for each text.
     """
 
     def __init__(self, model: torch.nn.Module, arguments: dict):
         self.model = model
         self.arguments = {name: value for name, value in arguments.items() if name not in LOADER_ARGUMENTS}
-        caches = [cache for cache in [self.arguments.pop(name, None) for name in CACHE_NAMES] if cache is not None]
-        if len(caches) > 1:
-            raise ValueError("A cache is passed twice, as cache and as past_key_values. Leave one of them out.")
-        self.cache = caches[0] if caches else None
-        if self.arguments.get("inputs") is not None:
-            if self.arguments.get("input_ids") is not None:
-                raise ValueError("The prompt is passed twice, as inputs and as input_ids. Leave one of them out.")
-            self.arguments["input_ids"] = self.arguments["inputs"]
-        named = {name: self.arguments.pop(name) for name in [*self.arguments] if name.startswith((*PICTURES, *TOKEN_TYPES))}
-        self.pictures = {name: value for name, value in named.items() if value is not None and not _is_text(name, value)}
-        config = self.arguments.get("generation_config")
-        self.asked, self.options = {}, {}
-        for name in OPTIONS:
-            asked = self.arguments.get(name)
-            self.asked[name] = asked = getattr(config, name, None) if asked is None else asked
-            self.options[name] = getattr(model.generation_config, name, None) if asked is None else asked
-        self.has_beams = (self.options["num_beams"] or 1) > 1
-        self.is_assisted = any(self.options[name] is not None for name in DRAFTING_OPTIONS)
-        self.num_copies = max(self.options["num_beams"] or 1, self.options["num_return_sequences"] or 1)  # rows for each text
-        self.chunk_size = self.options["prefill_chunk_size"]
+        self.cache = self._take("cache", *sorted(CACHE_NAMES))
+        if (ids := self._take("prompt", "inputs", "input_ids")) is not None:
+            self.arguments["input_ids"] = ids
+        names = [name for name in self.arguments if name.startswith((*PICTURES, *TOKEN_TYPES))]
+        given = {name: value for name in names if (value := self.arguments.pop(name)) is not None}
+        self.pictures = {name: value for name, value in given.items() if name not in TOKEN_TYPES or bool(value.any())}
+        num_beams = self.option("num_beams") or 1
+        self.has_beams = num_beams > 1
+        self.drafting_options = [name for name in DRAFTING_OPTIONS if self.option(name) is not None]
+        self.is_assisted = len(self.drafting_options) > 0
+        self.num_copies = max(num_beams, self.option("num_return_sequences") or 1)
+        self.chunk_size = self.option("prefill_chunk_size")
+
+    def _take(self, what: str, *names: str):
+        """The value of an argument that has two names."""
+        values = [value for value in [self.arguments.pop(name, None) for name in names] if value is not None]
+        if len(values) > 1:
+            raise ValueError(f"A {what} is passed twice, as {' and as '.join(names)}. Leave one of them out.")
+        return values[0] if values else None
+
+    def asked(self, name: str):
+        """The value of an option in the call or in its generation config; None where both leave it out."""
+        value = self.arguments.get(name)
+        return getattr(self.arguments.get("generation_config"), name, None) if value is None else value
+
+    def option(self, name: str):
+        """The same, completed by the generation config of the model."""
+        value = self.asked(name)
+        return getattr(self.model.generation_config, name, None) if value is None else value
 
     def refuse_unsupported(self) -> None:
         """Refuse, before anything is run, what can't be exact."""
         for name, reason in UNSUPPORTED_OPTIONS.items():
-            value = (self.asked if name in CACHE_OPTIONS else self.options)[name]
-            if value is not None and value is not False and value not in NEUTRAL_VALUES.get(name, ()):
-                shown = type(value).__name__ if hasattr(value, "__dict__") or isinstance(value, torch.Tensor) else repr(value)
-                is_brought = self.asked[name] is None
+            value = self.asked(name) if name in CACHE_OPTIONS else self.option(name)
+            if value is not None and value is not False and value not in SERVED_VALUES.get(name, ()):
+                is_brought = self.asked(name) is None
                 remedy = "It stands in model.generation_config: set it to None there" if is_brought else "Leave it out"
-                raise ValueError(f"{name}={shown} can't be used with SinkCache: {reason}. {remedy}.")
-        refused = {} if self.asked["use_cache"] is not False else {"use_cache=False": "without a cache there is nothing to bound"}
+                raise refusal(f"{name}={value!r:.50}", f"{reason}. {remedy}")
+        if self.asked("use_cache") is False:
+            raise refusal("use_cache=False", "without a cache there is nothing to bound. Leave it out")
         for name, value in self.arguments.items():
             if isinstance(value, torch.Tensor) and name not in PROMPTS:
-                refused[name] = "it can't be split over the passes in which a prompt is fed"
-        for name, reason in refused.items():
-            raise ValueError(f"{name} can't be used with SinkCache: {reason}. Leave it out.")
-        size = self.chunk_size
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise ValueError(f"prefill_chunk_size must be an int of at least 1, got {size!r}.")
+                raise refusal(name, "it can't be split over the passes in which a prompt is fed. Leave it out")
+        if self.chunk_size is not None:
+            check_count("prefill_chunk_size", self.chunk_size)
 
     @property
     def cache_mode(self) -> dict:
-        """How a window is to be kept, as arguments of `SinkCache`."""
-        implementation, cache_config = self.asked["cache_implementation"], self.asked["cache_config"]
+        """How a window is to be kept, as an argument of `SinkCache`."""
+        implementation, cache_config = self.asked("cache_implementation"), self.asked("cache_config")
         if implementation == "quantized":
             return {"quantized": {} if cache_config is None else cache_config}
         if cache_config is not None:
@@ -138,7 +130,8 @@ class Call:
     @property
     def cache_arguments(self) -> dict:
         """The arguments of `SinkCache` for a new cache."""
-        return {name: self.options[name] for name in CACHE_SIZES if self.options[name] is not None} | self.cache_mode
+        sizes = {name: self.option(name) for name in CACHE_SIZES}
+        return {name: value for name, value in sizes.items() if value is not None} | self.cache_mode
 
     def cache_to_continue(self):
         """The cache that is passed, None for a new one.
@@ -146,14 +139,14 @@ class Call:
         Raises:
             ValueError: it is not the cache that the call asks for.
         """
-        cache, mode = self.cache, self.cache_mode
+        cache = self.cache
         if cache is None:
             return None
         if not isinstance(cache, Cache):
             raise ValueError(f"The cache that is passed must be a Cache, got {cache!r:.50} ({type(cache).__name__}).")
         # By its name: each load of custom code makes a class of its own.
         if type(cache).__name__ == "SinkCache" and hasattr(cache, "prepare"):
-            self._check_cache(cache, mode)
+            self._check_cache(cache)
             return cache
         if cache.get_seq_length() > 0:
             raise ValueError(
@@ -164,26 +157,19 @@ class Call:
         logging.get_logger(__name__).warning(message, type(cache).__name__)
         return None
 
-    def _check_cache(self, cache, mode: dict) -> None:
-        quantization = cache.quantization
-        is_kept = {"static": cache.is_static, "offloaded": cache.is_offloaded, "quantized": quantization is not None}
+    def _check_cache(self, cache) -> None:
+        wrong, mode, quantization = {}, self.cache_mode, cache.quantization
         for name, value in mode.items():
-            if not is_kept[name]:
-                argument = "quantized={...}" if name == "quantized" else f"{name}={value}"
-                raise ValueError(
-                    f'cache_implementation="{name}" was asked for, and the cache that is passed is not {name}. Leave the '
-                    f"argument out, or pass a new cache, made with {argument}."
-                )
-        differences = [(name, self.arguments.get(name), getattr(cache, name)) for name in CACHE_SIZES]
-        if options := mode.get("quantized"):
-            is_same = vars(type(quantization).of(options)) == vars(quantization)
-            differences.append(("cache_config", None if is_same else options, quantization))
-        for name, asked, value in differences:
-            if asked is not None and asked != value:
-                raise ValueError(
-                    f"{name}={asked} was asked for, and the cache that is passed was made with {value}. Leave the argument "
-                    "out, or pass a new cache."
-                )
+            if not cache.arguments[name]:
+                wrong[f'cache_implementation="{name}"'] = f"is not {name}: it was not made with {name}={value}"
+        for name in CACHE_SIZES:
+            if self.arguments.get(name) not in (None, cache.arguments[name]):
+                wrong[f"{name}={self.arguments[name]}"] = f"was made with {cache.arguments[name]}"
+        options = mode.get("quantized")
+        if options and quantization is not None and type(quantization).of(options) != quantization:
+            wrong[f"cache_config={options}"] = f"was made with {quantization}"
+        for asked, reason in wrong.items():
+            raise ValueError(f"{asked} was asked for, and the cache that is passed {reason}. Leave it out, or pass a new cache.")
 
     @property
     def is_synced(self) -> bool:
@@ -195,7 +181,8 @@ class Call:
 
     def arguments_with(self, cache, shape: torch.Size, **others) -> dict:
         """The arguments of the model's own `generate`, for a prompt of this shape."""
-        arguments = {name: value for name, value in self.arguments.items() if name not in OUR_OPTIONS}
+        ours = (*CONFIG_OPTIONS, *CACHE_SIZES, *NEGATIVE_PROMPT)
+        arguments = {name: value for name, value in self.arguments.items() if name not in ours}
         if arguments.get("generation_config") is not None:
             arguments["generation_config"] = without_our_options(arguments["generation_config"])
         # Padding is the business of the cache, and a mask of ones need not be extended at each step.
@@ -203,9 +190,8 @@ class Call:
         return arguments | {CACHE_NAME: cache, "attention_mask": mask, "synced_gpus": self.is_synced} | others
 
 
-def _is_text(name: str, value) -> bool:
-    """Whether token types say that there is no picture."""
-    return name in TOKEN_TYPES and isinstance(value, torch.Tensor) and not bool(value.any())
+def refusal(name: str, reason: str) -> ValueError:
+    return ValueError(f"{name} can't be used with SinkCache: {reason}.")
 
 
 def without_our_options(generation_config):

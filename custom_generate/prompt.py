@@ -1,12 +1,14 @@
-"""The text that a call passes, and its pictures."""
+"""The text that a call passes, its pictures, and which of its tokens a cache has not seen."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from transformers.utils import logging
 
-from .options import TOKEN_TYPES, Call
+from .doors import count_tokens
+from .options import TOKEN_TYPES, Call, refusal
 from .releases import input_device
 
 SEE_EACH_OTHER = (
@@ -21,11 +23,11 @@ class Prompt:
 
     Attributes:
         padding_id: the id that was taken for padding, where it begins a row, because no mask is passed.
-        pictures: arguments of the model that go with the tokens, in one pass.
+        pictures: arguments of the model that go in one pass with all tokens but the last.
     """
 
     tokens: torch.Tensor
-    mask: torch.Tensor | None
+    mask: torch.Tensor | None = None
     name: str = "input_ids"
     padding_id: int | None = None
     pictures: dict = field(default_factory=dict)
@@ -35,32 +37,19 @@ class Prompt:
         return self.tokens.shape[1]
 
     @property
-    def begins_without_padding(self) -> bool:
-        """And so, as padding is on the left, has none."""
-        return self.mask is None or bool(self.mask[:, 0].all())
-
-    @property
     def arguments(self) -> dict:
         return {self.name: self.tokens, "attention_mask": self.mask}
 
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor], **others) -> "Prompt":
+        """The same with its tokens and its mask changed alike."""
+        return replace(self, tokens=change(self.tokens), mask=None if self.mask is None else change(self.mask), **others)
+
     def split(self, num_columns: int) -> tuple["Prompt", "Prompt"]:
-        masks = (None, None) if self.mask is None else (self.mask[:, :num_columns], self.mask[:, num_columns:])
-        parts = self.tokens[:, :num_columns], self.tokens[:, num_columns:]
-        types = {name: self.pictures[name][:, -self.num_columns :] for name in TOKEN_TYPES if name in self.pictures}
-        types = {name: value[:, :num_columns] for name, value in types.items()}
-        pictures = self.pictures | types, {}
-        return tuple(replace(self, tokens=each[0], mask=each[1], pictures=each[2]) for each in zip(parts, masks, pictures))
-
-    def followed_by(self, ids: torch.Tensor) -> "Prompt":
-        """For one text."""
-        return Prompt(torch.cat([self.tokens, ids.to(self.tokens)], dim=1), None) if ids.shape[1] else self
-
-    def to(self, device: torch.device) -> "Prompt":
-        return replace(self, tokens=self.tokens.to(device), mask=None if self.mask is None else self.mask.to(device))
+        first = self.changed(lambda each: each[:, :num_columns])
+        return first, self.changed(lambda each: each[:, num_columns:], pictures={})
 
     def repeat(self, num_copies: int) -> "Prompt":
-        mask = self.mask if self.mask is None else self.mask.repeat_interleave(num_copies, 0)
-        return replace(self, tokens=self.tokens.repeat_interleave(num_copies, 0), mask=mask)
+        return self.changed(lambda each: each.repeat_interleave(num_copies, 0))
 
     def last(self, num_tokens: list[int]) -> "Prompt":
         """The last tokens of each row."""
@@ -74,11 +63,8 @@ def whole_prompt(call: Call, cache) -> Prompt:
     """The text that the call passes. If it passes none, `input_ids` becomes the last token returned for each row, which the cache
     has not seen, or, for a new cache, the token that begins texts."""
     arguments, device = call.arguments, input_device(call.model)
-    for name in ("input_ids", "attention_mask"):
-        value = arguments.get(name)
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name} must be a Tensor, got {value!r:.50} ({type(value).__name__}).")
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    check_tensors(input_ids=ids, attention_mask=mask)
     if arguments.get("inputs_embeds") is not None:
         return Prompt(arguments["inputs_embeds"], mask, "inputs_embeds")
     if ids is None and cache.get_seq_length() > 0:
@@ -90,26 +76,190 @@ def whole_prompt(call: Call, cache) -> Prompt:
         ids = arguments["input_ids"] = torch.tensor(cache.unseen_token_ids, device=device)[:, None]
         if mask is None:  # for all tokens of the text
             mask = ids.new_ones(len(ids), cache.get_seq_length() + 1)
-    elif ids is None and call.options["bos_token_id"] is not None:
-        ids = arguments["input_ids"] = torch.full((1, 1), call.options["bos_token_id"], dtype=torch.long, device=device)
-    return Prompt(ids, mask) if mask is not None else _with_inferred_mask(ids, call.options)
+    elif ids is None and call.option("bos_token_id") is not None:
+        ids = arguments["input_ids"] = torch.full((1, 1), call.option("bos_token_id"), dtype=torch.long, device=device)
+    return Prompt(ids, mask) if mask is not None else _with_inferred_mask(ids, call)
 
 
-def _with_inferred_mask(ids: torch.Tensor | None, options: dict) -> Prompt:
+def check_tensors(**values) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a Tensor, got {value!r:.50} ({type(value).__name__}).")
+
+
+def _with_inferred_mask(ids: torch.Tensor | None, call: Call) -> Prompt:
     """Padding is the padding token where it begins a row, unless it also ends texts. (transformers takes it anywhere.)"""
-    pad, eos = options["pad_token_id"], options["eos_token_id"]
+    pad, eos = call.option("pad_token_id"), call.option("eos_token_id")
     if ids is None or ids.ndim != 2 or not isinstance(pad, int):
-        return Prompt(ids, None)
+        return Prompt(ids)
     is_padding = ids == pad
-    if pad not in (eos if isinstance(eos, list | tuple) else [eos]):
-        mask = (~is_padding).long().cummax(dim=1).values
-        return Prompt(ids, mask, padding_id=pad) if bool(is_padding.any()) else Prompt(ids, None)
-    if bool(is_padding[:, 0].any()) and not bool(is_padding[:, 0].all()):
+    if bool(is_padding.any()) and pad not in (eos if isinstance(eos, list | tuple) else [eos]):
+        return Prompt(ids, (~is_padding).long().cummax(dim=1).values, padding_id=pad)
+    if bool(is_padding[:, :1].any()) and not bool(is_padding[:, :1].all()):
         logging.get_logger(__name__).warning(
             "Some rows of the batch begin with the padding token, but it also ends texts and no attention_mask is passed: they "
             "are taken for tokens, and become the sinks. Pass the attention_mask that the tokenizer returns."
         )
-    return Prompt(ids, None)
+    return Prompt(ids)
+
+
+def unseen_part(prompt: Prompt, cache, num_copies: int = 1) -> Prompt:
+    """The part of a prompt that the cache has not seen yet: the prompt is the whole text, the end of it, or only what is new.
+
+    Raises:
+        ValueError: it can't be told, or the text is not the one that the cache has seen.
+    """
+    if prompt.tokens is None or 0 in prompt.tokens.shape:
+        raise ValueError("An empty prompt: pass input_ids with at least one token.")
+    if prompt.tokens.ndim != (3 if prompt.name == "inputs_embeds" else 2):
+        shape = tuple(prompt.tokens.shape)
+        raise ValueError(f"A prompt must have the shape [batch, num_tokens], got {shape}. One text is input_ids[None].")
+    if num_copies > 1 and cache.batch_size == len(prompt.tokens) * num_copies:
+        prompt = prompt.repeat(num_copies)  # for a cache that beams or several return sequences have left
+    num_rows, num_columns = prompt.tokens.shape[:2]
+    if cache.batch_size not in (-1, num_rows):
+        raise ValueError(
+            f"The cache that is passed holds {cache.batch_size} rows, and the prompt has {num_rows}. Pass as many rows, a new "
+            "cache, or one brought to that size with batch_select_indices or batch_repeat_interleave."
+        )
+    num_seen, returned = cache.get_seq_length(), cache.unseen_token_ids or [None] * num_rows
+    mask_of_all = (num_rows, num_seen + num_columns)
+    only_new = num_seen > 0 and prompt.mask is not None and prompt.mask.shape == mask_of_all
+    if only_new:  # the way of transformers: the new tokens, and a mask for all
+        prompt = replace(prompt, mask=prompt.mask[:, -num_columns:])
+    if prompt.mask is not None and prompt.mask.shape != (num_rows, num_columns):
+        others = f" or, with only the new tokens of a text in input_ids, {mask_of_all}" if num_seen else ""
+        raise ValueError(f"attention_mask has shape {tuple(prompt.mask.shape)}, and must have {(num_rows, num_columns)}{others}.")
+    num_tokens = [num_columns] * num_rows if prompt.mask is None else count_tokens(prompt.mask)
+    if num_seen > 0 and not only_new:
+        ids = prompt.tokens.tolist() if prompt.name == "input_ids" else [[None] * num_columns] * num_rows
+        num_tokens = [SeenRow(cache, row).num_new(ids[row], num, prompt.padding_id) for row, num in enumerate(num_tokens)]
+    if 0 in num_tokens:
+        raise ValueError(f"Row {num_tokens.index(0)} of the prompt is all padding: there is nothing to continue.")
+    if prompt.name == "input_ids" and (only_new or prompt.padding_id is not None):
+        for row, num_new in enumerate(num_tokens):
+            _check_new(row, prompt.tokens[row, -num_new:].tolist(), returned[row], prompt.padding_id)
+    return prompt.last(num_tokens)
+
+
+def _check_new(row: int, ids: list[int], unseen: int | None, padding_id: int | None) -> None:
+    """Refuse new tokens that do not begin with the token that `generate` returned last, where a mask says that they are new; and
+    padding tokens among them, where there is no mask."""
+    if padding_id is None and unseen is not None and ids[0] != unseen:
+        raise ValueError(
+            f"The last token returned for row {row}, {unseen}, has not been through the model, and input_ids begins with "
+            f"{ids[0]} after it. Pass sequences[:, cache.get_seq_length():] and then your new tokens."
+        )
+    if padding_id is not None and padding_id in (ids[1:] if unseen == padding_id else ids):
+        raise ValueError(
+            f"Row {row} has the padding token among its new tokens. No attention_mask is passed, and pad_token_id={padding_id} "
+            "does not tell whether that is padding or text. Pass attention_mask; torch.ones_like(input_ids) if it is text."
+        )
+
+
+class SeenRow:
+    """What a cache knows of the text in one of its rows.
+
+    Attributes:
+        first: the ids of the first tokens that it holds, in order. None if it does not know them, because embeddings were passed.
+        recent: the ids of the most recent tokens that it holds, in order.
+        unseen: the token that `generate` returned last, which has not been through the model.
+    """
+
+    def __init__(self, cache, row: int):
+        self.row, self.num_seen, self.window_length = row, cache.num_tokens_seen_by_row[row], cache.window_length
+        known = cache.known_token_ids(row)
+        self.first, self.recent = (None, None) if known is None else [ids.tolist() for ids in known]
+        self.unseen = None if cache.unseen_token_ids is None else cache.unseen_token_ids[row]
+
+    def num_new(self, ids: list, num_tokens: int, padding_id: int | None) -> int:
+        """How many of the last tokens of a row are new, if its mask says that it has `num_tokens`. `ids`: None for embeddings.
+
+        If the mask was inferred, a padding token at the left is a token all the same where the cache knows it as a token.
+        """
+        texts = [ids[-length:] for length in self._possible_lengths(num_tokens, padding_id) if 0 < length <= len(ids)]
+        if not texts:
+            return 0
+        found = {self._num_new_of(text) for text in texts} - {None}
+        if len(found) == 1:
+            return found.pop()
+        if padding_id is not None and num_tokens < len(ids):
+            reason = f"Which of its padding tokens are text was inferred, from pad_token_id={padding_id}. Pass attention_mask."
+        elif self.first is None or ids[-1] is None:
+            reason = (
+                f"Without ids to compare, only a text of more than {self.num_seen} tokens can be told from new tokens. Pass the "
+                "whole text, or the new tokens with an attention_mask for the whole text."
+            )
+        else:
+            reason = self._mistake(ids[-num_tokens:])
+        raise ValueError(
+            f"Can't tell which of the {num_tokens} tokens passed for row {self.row} are new: they do not continue the "
+            f"{self.num_seen} that the cache has seen. {reason}"
+        )
+
+    def _possible_lengths(self, num_tokens: int, padding_id: int | None) -> set[int]:
+        """How many tokens a row may have, with `num_tokens` behind the padding tokens at its left."""
+        lengths = {num_tokens}
+        if padding_id is not None and self.unseen == padding_id:
+            lengths.add(num_tokens + 1)
+        if padding_id is not None and self.first is not None:  # the text begins with them; its last `window_length` tokens do
+            beginning = self.recent if len(self.recent) == self.num_seen else self.first
+            num_first = next((at for at, token in enumerate(beginning) if token != padding_id), len(beginning))
+            lengths |= {num_tokens + num_first, max(num_tokens, self.window_length)}
+        return lengths
+
+    def _num_new_of(self, ids: list) -> int | None:
+        """How many of these tokens are new: they are the whole text, the end of it, or only what is new. None if they aren't."""
+        num_tokens, num_behind = len(ids), len(ids) - self.num_seen
+        if self.first is None or ids[-1] is None:
+            return num_behind if num_behind > 0 else None
+        if num_behind > 0 and not self._differences(ids):
+            return num_behind
+        overlap = self._overlap(ids) if num_tokens == self.window_length else 0
+        if overlap > 0 and (ids[0] != self.unseen or ids[overlap] == self.unseen):
+            return num_tokens - overlap
+        if self.unseen is not None and ids[0] != self.unseen or num_behind > 0:
+            return None
+        is_unseen = num_tokens == 1 and self.unseen is not None
+        return num_tokens if is_unseen or not self._begins(ids) else None
+
+    def _begins(self, ids: list[int]) -> bool:
+        """Whether the tokens begin as the text does, as far as that is known."""
+        return len(self.first) > 0 and ids[: len(self.first)] == self.first[: len(ids)]
+
+    def _overlap(self, ids: list[int]) -> int:
+        """The largest number of tokens at their beginning that are the last ones of the text, if new ones follow."""
+        for num in range(min(len(ids) - 1, self.num_seen), 0, -1):
+            num_known = min(num, len(self.recent))
+            if ids[num - num_known : num] == self.recent[len(self.recent) - num_known :]:
+                return num
+        return 0
+
+    def _differences(self, ids: list[int]) -> list[tuple[int, int]]:
+        """The tokens held that are others in this text: the number of each, and its id that was seen."""
+        begin = self.num_seen - len(self.recent)
+        held = [*enumerate(self.first[:begin]), *enumerate(self.recent, begin)]
+        return [(at, token) for at, token in held if at < len(ids) and ids[at] != token]
+
+    def _mistake(self, ids: list[int]) -> str:
+        """Why it can't be told which of the tokens are new, and what to do."""
+        is_longer, begins = len(ids) > self.num_seen, self._begins(ids)
+        if ids[0] == self.unseen and is_longer != begins:
+            return "They begin with the last one that was returned. If all are new, pass an attention_mask for the whole text."
+        if not is_longer and not begins:
+            if self._overlap(ids) > 1:
+                return f"They begin within the text. Of its end, pass the last {self.window_length} tokens (no more, no less)."
+            return (
+                f"New tokens have to begin with the last one that was returned, {self.unseen}, which the cache has not seen. "
+                "Pass sequences[:, cache.get_seq_length():] and then the new ids."
+            )
+        differences = self._differences(ids)
+        if not differences:
+            return "They are not longer than what it has seen. Pass the whole text, with the tokens that were returned."
+        at, seen = differences[0]
+        remedy = "If the text was decoded and tokenized again, keep the ids: torch.cat([sequences, new_ids], 1)."
+        remedy = remedy if at > 0 else "For another text, pass a new cache."
+        return f"The first difference is at token {at}: {ids[at]} is passed, {seen} was seen. {remedy}"
 
 
 def with_pictures(unseen: Prompt, prompt: Prompt, call: Call, cache) -> Prompt:
@@ -121,24 +271,20 @@ def with_pictures(unseen: Prompt, prompt: Prompt, call: Call, cache) -> Prompt:
     """
     if not call.pictures:
         return unseen
-    name = max(call.pictures)  # pixel_values, where there are some
-    strangers = sorted(call.pictures.keys() - inspect.signature(call.model.forward).parameters.keys())
-    if strangers:
-        name, reason = strangers[0], f"{type(call.model).__name__} does not take it. Leave it out"
-    else:
-        reason = _reason_against_pictures(unseen, prompt, call, cache)
+    for name in sorted(call.pictures.keys() - inspect.signature(call.model.forward).parameters.keys()):
+        raise refusal(name, f"{type(call.model).__name__} does not take it. Leave it out")
+    reason = _reason_against_pictures(unseen, prompt, call, cache)
     if reason is not None:
-        raise ValueError(f"{name} can't be used with SinkCache: {reason}.")
-    return replace(unseen, pictures=call.pictures)
+        raise refusal(max(call.pictures), reason)  # pixel_values, where there are some
+    # Of the types, which the call passes for all tokens, those of this pass.
+    types = {name: call.pictures[name][:, -unseen.num_columns : -1] for name in TOKEN_TYPES if name in call.pictures}
+    return replace(unseen, pictures=call.pictures | types)
 
 
 def _reason_against_pictures(unseen: Prompt, prompt: Prompt, call: Call, cache) -> str | None:
     num_rows, num_columns, num_new = len(prompt.tokens), prompt.num_columns, unseen.num_columns
     if any(hasattr(module, "get_rope_index") for module in call.model.modules()):
-        return (
-            f"{type(call.model).__name__} gives the tokens of a picture positions in three dimensions, and the cache numbers "
-            "tokens one after the other. Text alone works"
-        )
+        return f"{type(call.model).__name__} gives pictures positions in three dimensions, the cache has one. Text alone works"
     if len(unseen.tokens) > num_rows:
         return f"the cache holds {len(unseen.tokens)} rows, and {num_rows} are passed. Pass each row with its pictures"
     if num_new < num_columns and cache.get_seq_length() > 0:

@@ -24,9 +24,9 @@ def check_attention(config: PretrainedConfig) -> None:
     """Refuse a model that is called with masks that its attention does not take. `config`: that of the text."""
     if config._attn_implementation not in SUPPORTED_ATTENTION:
         raise ValueError(
-            f"SinkCache makes masks for {' and '.join(SUPPORTED_ATTENTION)} attention, and this model uses "
-            f"{config._attn_implementation}. Call a view of it in its place, model = SinkCache.model_for(model), which shares "
-            'its weights; or load it with from_pretrained(..., attn_implementation="sdpa").'
+            f"SinkCache makes masks for eager and sdpa attention, and this model uses {config._attn_implementation}. Call a view "
+            "of it in its place, model = SinkCache.model_for(model), which shares its weights; or load it with "
+            'attn_implementation="sdpa".'
         )
 
 
@@ -47,9 +47,8 @@ def view_of(model: torch.nn.Module) -> torch.nn.Module:
         return model
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"SinkCache makes masks for {' and '.join(SUPPORTED_ATTENTION)} attention, and {type(model).__name__} was loaded "
-            f"with {config._attn_implementation}, which can't be changed later. Load it with from_pretrained(..., "
-            'attn_implementation="sdpa").'
+            f"SinkCache makes masks for eager and sdpa attention, and {type(model).__name__} was loaded with "
+            f'{config._attn_implementation}, which is fixed then. Load it with from_pretrained(..., attn_implementation="sdpa").'
         )
     has_sdpa = all(part._supports_sdpa for part in model.modules() if isinstance(part, PreTrainedModel))
     view = shallow_copy(_copied(model, "sdpa" if has_sdpa else "eager", _configs.setdefault(model, {})))
@@ -72,30 +71,28 @@ def model_for(model: torch.nn.Module) -> torch.nn.Module:
 def _copied(module: torch.nn.Module, attention: str, configs: dict) -> torch.nn.Module:
     """The copy of a module, brought up to date. It shares everything but its submodules and configs, which are copies, too."""
     copied = _copies.setdefault(module, shallow_copy(module))
-    values = {name: _as_in_copy(value, module, copied, attention, configs) for name, value in vars(module).items()}
+
+    def in_copy(value):
+        """Methods that hooks keep, and have put in the place of others, are those of the copy."""
+        if isinstance(value, PretrainedConfig):
+            return _copied_config(value, attention, configs)
+        value = getattr(value, "_torchdynamo_orig_callable", value)
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            return types.MethodType(value.__func__, copied)
+        if isinstance(value, functools.partial) and value.args and value.args[0] is module:
+            rebound = functools.partial(value.func, copied, *value.args[1:], **value.keywords)
+            vars(rebound).update({name: in_copy(each) for name, each in vars(value).items()})  # its signature
+            return rebound
+        return value
+
+    values = {name: in_copy(value) for name, value in vars(module).items()}
     for name in {"_attn_implementation", "attn_implementation"} & values.keys():  # some layers remember it
         values[name] = values[name] if values[name] in SUPPORTED_ATTENTION else attention
-    values["_modules"] = {
-        name: part if part is None else _copied(part, attention, configs) for name, part in module._modules.items()
-    }
+    parts = module._modules.items()
+    values["_modules"] = {name: None if part is None else _copied(part, attention, configs) for name, part in parts}
     values["_compiled_call_impl"] = None  # compiled for the model itself
     vars(copied).update(values)
     return copied
-
-
-def _as_in_copy(value, module: torch.nn.Module, copied: torch.nn.Module, attention: str, configs: dict):
-    """A value of a module for its copy: methods that hooks keep, and have put in the place of others, are those of the copy."""
-    if isinstance(value, PretrainedConfig):
-        return _copied_config(value, attention, configs)
-    value = getattr(value, "_torchdynamo_orig_callable", value)
-    if isinstance(value, types.MethodType) and value.__self__ is module:
-        return types.MethodType(value.__func__, copied)
-    if isinstance(value, functools.partial) and value.args and value.args[0] is module:
-        rebound = functools.partial(value.func, copied, *value.args[1:], **value.keywords)
-        wrapped = {name: _as_in_copy(each, module, copied, attention, configs) for name, each in vars(value).items()}
-        vars(rebound).update(wrapped)  # its signature
-        return rebound
-    return value
 
 
 def _copied_config(config: PretrainedConfig, attention: str, configs: dict) -> PretrainedConfig:

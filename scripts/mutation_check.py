@@ -65,7 +65,6 @@ TESTS_OF = {
     "probe": [["tests/test_probe.py", "tests/test_rotation.py"], ["tests/test_errors.py"], ["tests/test_zoo.py"]],
     "options": [["tests/test_errors.py"], ["tests/test_generate.py"], ["tests/test_modes.py", "tests/test_compatibility.py"]],
     "prompt": [["tests/test_prompt.py", "tests/test_generate.py"], ["tests/test_errors.py", "tests/test_modes.py"]],
-    "history": [["tests/test_prompt.py", "tests/test_generate.py"], ["tests/test_errors.py", "tests/test_modes.py"]],
     "feed": [["tests/test_generate.py"], ["tests/test_beams.py", "tests/test_assisted.py"], ["tests/test_modes.py"]],
     "drafting": [["tests/test_assisted.py"]],
     "guidance": [["tests/test_modes.py"]],
