@@ -123,6 +123,7 @@ class Stream:
     knows_ids: bool = True
     recorded: list[int] | None = None  # tokens of each row that may be taken back
     returned: list[int] | None = None  # by `generate`, one a row: not yet seen
+    have_ended: bool = False  # some rows, before others
     was_interrupted: bool = False  # so that what was made for a pass is still there
 
     def branch(self, offset: int) -> "Stream":
@@ -142,6 +143,20 @@ NUM_TOKENS = st.one_of(st.integers(1, 5), st.integers(1, 50))
 # One number for all rows, or one for each.
 COUNTS = st.one_of(
     NUM_TOKENS.map(lambda num: [num] * MAX_ROWS), st.lists(st.integers(0, 30), min_size=MAX_ROWS, max_size=MAX_ROWS)
+)
+
+TURN = st.fixed_dictionaries(
+    {
+        "counts": COUNTS,
+        "num_new": st.integers(1, 8),
+        "how": st.sampled_from(["all", "all", "new", "new with mask", "last", "nothing"]),
+        "chunk": st.one_of(st.none(), st.integers(1, 20)),
+        "num_copies": st.sampled_from([1, 1, 1, 2]),
+        "ends": st.lists(st.integers(1, 12), min_size=MAX_ROWS, max_size=MAX_ROWS),
+        "by_token": st.booleans(),
+        "padding": st.sampled_from(["in no text", "chosen", "chosen last", "first", "new", "end"]),
+        "masked": st.booleans(),
+    }
 )
 
 
@@ -319,25 +334,17 @@ class CacheMachine(RuleBasedStateMachine):
 
     # Generating
 
-    @rule(
-        stream=STREAM,
-        num_rows=st.integers(1, 3),
-        counts=COUNTS,
-        num_new=st.integers(1, 8),
-        how=st.sampled_from(["all", "all", "new", "new with mask", "last", "nothing"]),
-        chunk=st.one_of(st.none(), st.integers(1, 20)),
-        num_copies=st.sampled_from([1, 1, 1, 2]),
-        ends=st.lists(st.integers(1, 12), min_size=MAX_ROWS, max_size=MAX_ROWS),
-        by_token=st.booleans(),
-        padding=st.sampled_from(["in no text", "chosen", "chosen last", "first", "new", "end"]),
-        masked=st.booleans(),
-    )
-    def generate(self, stream, num_rows, counts, num_new, how, chunk, num_copies, ends, by_token, padding, masked):
-        """A turn: new tokens of the user, some each row, and a continuation. What is chosen is forced to stand in the table. Row i
-        ends after `ends[i]` of them, if other rows go on: with a token that ends texts, or without. Behind it stands padding, a
-        token like any other: `padding` says where in the text it stands, too."""
+    @rule(stream=STREAM, num_rows=st.sampled_from([1, 2, 3, 3]), turns=st.lists(TURN, min_size=1, max_size=3))
+    def generate(self, stream, num_rows, turns):
         stream = self.streams[stream % len(self.streams)]
         self.begin(stream, num_rows)
+        for turn in turns:
+            self.turn(stream, **turn)
+
+    def turn(self, stream, counts, num_new, how, chunk, num_copies, ends, by_token, padding, masked):
+        """New tokens of the user, some each row, and a continuation. What is chosen is forced to stand in the table. Row i ends after
+        `ends[i]` of them, if other rows go on: with a token that ends texts, or without. Behind it stands padding, a token like any
+        other: `padding` says where in the text it stands, too."""
         rows, cache, W = stream.rows, stream.cache, self.window_length
         counts = [max(num, 1) for num in counts[: len(rows)]]
         num_copies = num_copies if num_copies * len(rows) <= MAX_ROWS else 1
@@ -389,10 +396,10 @@ class CacheMachine(RuleBasedStateMachine):
             outputs = run()
         except ValueError as error:
             assert may_refuse and re.search(PADDING_CAN_NOT_BE_TOLD, str(error)) and stream.says() == before
-            assert not self.padding_must_be_told(stream, texts, counts, how, pad)
+            assert not self.padding_must_be_told(stream, texts, how, pad)
             operations["generate, refused for its padding"] += 1
             return
-        self.count_generated(how, by_token, is_inferred, pad, texts, [tokens[:end] for tokens, end in zip(forced, ends)])
+        self.count_generated(stream, how, by_token, is_inferred, pad, texts, [tokens[:end] for tokens, end in zip(forced, ends)])
         stream.was_interrupted, num_new = False, max(ends)
         stream.knows_ids = stream.knows_ids or not any(stream.num_seen)
         chosen = [tokens[:end] + [pad] * (num_new - end) for tokens, end in zip(forced, ends)]
@@ -445,19 +452,25 @@ class CacheMachine(RuleBasedStateMachine):
             return all(text[0] != pad for text in texts)
         return how != "new" or all(text[-num] != pad or last == pad for text, num, last in zip(texts, counts, returned))
 
-    def padding_must_be_told(self, stream, texts, counts, how: str, pad: int) -> bool:
-        """Whether padding can be told from the text, without a mask: it stands only in what the cache has seen or returned, and the
-        text does not begin with it."""
-        returned = stream.returned or [None] * len(texts)
-        return how == "all" and self.num_sinks > 0 and stream.knows_ids and all(
-            text[0] != pad and pad not in text[len(text) - num + (last == pad) :] for text, num, last in zip(texts, counts, returned)
-        )  # fmt: skip
+    def padding_must_be_told(self, stream, texts, how: str, pad: int) -> bool:
+        """Whether it can be told from the text what is padding, without a mask: the padding token stands only in what the cache has
+        seen or returned, and another token stands at the beginning, as far as that is known."""
+        if how != "all" or self.num_sinks == 0 or not stream.knows_ids:
+            return False
+        for row, text, last in zip(stream.rows, texts, stream.returned or [None] * len(texts)):
+            seen = row.text.length
+            known = text[: seen if seen <= self.window_length else self.num_sinks]
+            if pad in text[seen + (last == pad) :] or all(token == pad for token in known):
+                return False
+        return True
 
     @staticmethod
-    def count_generated(how, by_token, is_inferred, pad, texts, chosen) -> None:
+    def count_generated(stream, how, by_token, is_inferred, pad, texts, chosen) -> None:
         operations[f"generate, {how}"] += 1
+        have_ended, stream.have_ended = stream.have_ended and stream.returned is not None, len({len(each) for each in chosen}) > 1
         also = {
-            "rows end with a token": by_token and len({len(tokens) for tokens in chosen}) > 1,
+            "rows end with a token": by_token and stream.have_ended,
+            f"{how} after rows that ended": have_ended,
             "padding is generated": any(pad in tokens for tokens in chosen),
             "padding is text": any(pad in text for text in texts),
             "padding is text, without a mask": is_inferred and any(pad in text for text in texts),
