@@ -75,7 +75,7 @@ def whole_prompt(call: Call, cache) -> Prompt:
             )
         ids = arguments["input_ids"] = torch.tensor(cache.unseen_token_ids, device=device)[:, None]
         if mask is None:  # for all tokens of the text
-            mask = ids.new_ones(len(ids), cache.get_seq_length() + 1)
+            mask = ids.new_ones(1, 1).expand(len(ids), cache.get_seq_length() + 1)  # a view, however long the text is
     elif ids is None and call.option("bos_token_id") is not None:
         ids = arguments["input_ids"] = torch.full((1, 1), call.option("bos_token_id"), dtype=torch.long, device=device)
     return Prompt(ids, mask) if mask is not None else _with_inferred_mask(ids, call)

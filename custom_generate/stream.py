@@ -127,6 +127,8 @@ class Stream:
         """The open pass was interrupted, and can be begun anew: what was recorded of it is put back."""
         if self.current is not None and self.current.is_recorded:
             self.undo(self.num_seen)
+        for sinks in self.groups:
+            sinks.are_new = False  # the next try writes them
         self.current = None
 
     def _rebase(self, base: list[int]) -> None:

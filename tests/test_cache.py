@@ -422,6 +422,18 @@ def test_a_pass_that_is_interrupted_can_be_repeated(model):
     assert_goes_on(model, cache, streams, 50)
 
 
+@pytest.mark.parametrize("num_layers", [0, 1])
+def test_a_first_pass_that_is_interrupted_can_be_repeated(model, num_layers):
+    """When some layers hold the sinks, and others have not even room for them: nothing of that pass is kept."""
+    cache, streams = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS), random_ids(num_rows=2)
+    with interrupted_at(model.model.layers[num_layers]):
+        feed(model, cache, random_ids(5, seed=5, num_rows=2), [5])
+    assert cache.num_tokens_seen == 0
+    logits = feed(model, cache, streams, [6, 20, *[1] * 54])
+    for row in range(2):
+        assert_same(logits[row : row + 1], oracle_logits(model, streams[row : row + 1], WINDOW_LENGTH, NUM_SINK_TOKENS))
+
+
 def test_an_interrupted_pass_that_can_not_be_repeated_is_not_glossed_over(model):
     cache, streams = filled(model, 50)
     with interrupted_at(model.model.layers[2]):

@@ -13,6 +13,7 @@ import copy
 import functools
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -42,6 +43,8 @@ OPERATIONS_A_RUN = 40
 MAX_STREAMS, MAX_ROWS = 3, 4
 NUM_VARIANTS = 4
 TOKENS = random_ids(8000, seed=11, num_rows=NUM_VARIANTS).tolist()
+# Of one variant half the tokens are 2, 3 or 4: what ends rows or pads them then stands in the text, too, and several times in a row.
+TOKENS[-1] = [token if token % 2 else 2 + token // 2 % 3 for token in TOKENS[-1]]
 NO_TOKEN = 0  # in no text
 
 SHAPES = [
@@ -75,7 +78,8 @@ NUM_POSITIONS = dict.fromkeys(("gpt-j", "llama-dynamic"), {"max_position_embeddi
 MODELS = [(name, overrides) for name, overrides in MODELS if hasattr(transformers, FAMILIES[name][0]) and not is_refused(name)]
 RECURRENT = ("lfm2", "granitemoehybrid") if TRANSFORMERS >= Version(ZOO_RELEASE) else ()
 MODELS += [(name, {}) for name in RECURRENT]
-operations = Counter()
+PADDING_CAN_NOT_BE_TOLD = "has the padding token among its new tokens|Which of its padding tokens are text was inferred"
+operations, generated = Counter(), Counter()  # what was done; of what was generated, what else is true
 
 
 @functools.cache
@@ -119,6 +123,7 @@ class Stream:
     knows_ids: bool = True
     recorded: list[int] | None = None  # tokens of each row that may be taken back
     returned: list[int] | None = None  # by `generate`, one a row: not yet seen
+    have_ended: bool = False  # some rows, before others
     was_interrupted: bool = False  # so that what was made for a pass is still there
 
     def branch(self, offset: int) -> "Stream":
@@ -138,6 +143,20 @@ NUM_TOKENS = st.one_of(st.integers(1, 5), st.integers(1, 50))
 # One number for all rows, or one for each.
 COUNTS = st.one_of(
     NUM_TOKENS.map(lambda num: [num] * MAX_ROWS), st.lists(st.integers(0, 30), min_size=MAX_ROWS, max_size=MAX_ROWS)
+)
+
+TURN = st.fixed_dictionaries(
+    {
+        "counts": COUNTS,
+        "num_new": st.integers(1, 8),
+        "how": st.sampled_from(["all", "all", "new", "new with mask", "last", "nothing"]),
+        "chunk": st.one_of(st.none(), st.integers(1, 20)),
+        "num_copies": st.sampled_from([1, 1, 1, 2]),
+        "ends": st.lists(st.integers(1, 12), min_size=MAX_ROWS, max_size=MAX_ROWS),
+        "by_token": st.booleans(),
+        "padding": st.sampled_from(["in no text", "chosen", "chosen last", "first", "new", "end"]),
+        "masked": st.booleans(),
+    }
 )
 
 
@@ -315,69 +334,75 @@ class CacheMachine(RuleBasedStateMachine):
 
     # Generating
 
-    @rule(
-        stream=STREAM,
-        num_rows=st.integers(1, 3),
-        counts=COUNTS,
-        num_new=st.integers(1, 8),
-        how=st.sampled_from(["all", "new", "new with mask", "last"]),
-        chunk=st.one_of(st.none(), st.integers(1, 20)),
-        num_copies=st.sampled_from([1, 1, 1, 2]),
-        ends=st.lists(st.integers(1, 12), min_size=MAX_ROWS, max_size=MAX_ROWS),
-    )
-    def generate(self, stream, num_rows, counts, num_new, how, chunk, num_copies, ends):
-        """A turn: new tokens of the user, some each row, and a continuation. What is chosen is forced to stand in the table. Row i
-        ends after `ends[i]` of them, if other rows go on."""
+    @rule(stream=STREAM, num_rows=st.sampled_from([1, 2, 3, 3]), turns=st.lists(TURN, min_size=1, max_size=3))
+    def generate(self, stream, num_rows, turns):
         stream = self.streams[stream % len(self.streams)]
         self.begin(stream, num_rows)
+        for turn in turns:
+            self.turn(stream, **turn)
+
+    def turn(self, stream, counts, num_new, how, chunk, num_copies, ends, by_token, padding, masked):
+        """New tokens of the user, some each row, and a continuation. What is chosen is forced to stand in the table. Row i ends after
+        `ends[i]` of them, if other rows go on: with a token that ends texts, or without. Behind it stands padding, a token like any
+        other: `padding` says where in the text it stands, too."""
         rows, cache, W = stream.rows, stream.cache, self.window_length
         counts = [max(num, 1) for num in counts[: len(rows)]]
         num_copies = num_copies if num_copies * len(rows) <= MAX_ROWS else 1
-        if how == "new":
-            counts = [counts[0]] * len(rows)
+        if how in ("new", "nothing"):
+            counts = [1 if how == "nothing" else counts[0]] * len(rows)
         texts = [self.history(row) + row.next_tokens(num) for row, num in zip(rows, counts)]
         if not self.can_be_told(stream, texts, counts, how):
             return
-        operations[f"generate, {how}"] += 1
         prompts = {"all": texts, "last": [text[-W:] for text in texts]}.get(how, [text[-n:] for text, n in zip(texts, counts)])
-        ids, mask = left_padded([torch.tensor([prompt]) for prompt in prompts])
-        if how == "new with mask":
-            mask = torch.cat([torch.ones(len(rows), max(stream.num_seen)), mask], 1).long()
-        elif bool(mask.all()):
-            mask = None
         after = [
             Row(row.text, (row.variant + copy) % NUM_VARIANTS) if copy else row for row in rows for copy in range(num_copies)
         ]
         forced = [
             TOKENS[row.variant][row.text.length + num :][:num_new] for row, num in zip(after, self.repeat(counts, num_copies))
         ]
-        ends = [min(end, num_new) for end in ends[: len(after)]]
-        ends = ends if max(ends) == num_new else [num_new] * len(ends)
-        step, num_chosen = iter(range(num_new)), iter(range(1, num_new + 1))
+        ends, eos = self.ends_of(forced, ends, by_token)
+        pad = {
+            "chosen": forced[0][0], "chosen last": forced[0][ends[0] - 1], "first": texts[0][0], "new": texts[-1][-counts[-1]], "end": eos[0]
+        }.get(padding, NO_TOKEN)  # fmt: skip
+        ids, mask = left_padded([torch.tensor([prompt]) for prompt in prompts])
+        ids = torch.where(mask.bool(), ids, pad)
+        is_inferred = not masked and self.padding_can_be_inferred(stream, texts, counts, how, pad, eos, bool(mask.all()))
+        if how == "new with mask":
+            mask = torch.cat([torch.ones(len(rows), max(stream.num_seen)), mask], 1).long()
+        prompt = {} if how == "nothing" else {"inputs": ids} if is_inferred else {"inputs": ids, "attention_mask": mask}
+        steps, num_columns = iter(range(num_new)), iter(range(1, num_new + 1))
 
         def stop(input_ids, scores, **kwargs):
-            num = next(num_chosen)
+            num = next(num_columns)
             return torch.tensor([num >= end for end in ends])
 
         def force(input_ids, scores):
-            tokens = torch.tensor(forced)[:, next(step), None]
+            tokens = torch.tensor(forced)[:, next(steps), None]
             return torch.full_like(scores, -math.inf).scatter(1, tokens, 0.0)
 
         run = functools.partial(
-            generate, ids, attention_mask=mask, model=self.model, past_key_values=cache, max_new_tokens=num_new,
+            generate, **prompt, model=self.model, past_key_values=cache, max_new_tokens=num_new,
             prefill_chunk_size=chunk, logits_processor=[force], do_sample=num_copies > 1, num_return_sequences=num_copies,
-            return_dict_in_generate=True, output_logits=True, stopping_criteria=[stop], eos_token_id=NO_TOKEN, pad_token_id=NO_TOKEN,
+            return_dict_in_generate=True, output_logits=True, stopping_criteria=[] if by_token else [stop], eos_token_id=eos,
+            pad_token_id=pad,
         )  # fmt: skip
-        if "new" in how and stream.returned not in (None, [prompt[0] for prompt in prompts]):
-            before = stream.says()
-            with pytest.raises(ValueError, match="which the cache has not seen|has not been through the model"):
-                run()
-            assert stream.says() == before
+        if not self.continues(stream, how, prompts):
+            return self.assert_refused(
+                stream, run, "which the cache has not seen|has not been through the model|No prompt is passed"
+            )
+        may_refuse = is_inferred and any(pad in text for text in texts)
+        before = stream.says()
+        try:
+            outputs = run()
+        except ValueError as error:
+            assert may_refuse and re.search(PADDING_CAN_NOT_BE_TOLD, str(error)) and stream.says() == before
+            assert not self.padding_must_be_told(stream, texts, how, pad)
+            operations["generate, refused for its padding"] += 1
             return
-        outputs = run()
-        stream.was_interrupted = False
+        self.count_generated(stream, how, by_token, is_inferred, pad, texts, [tokens[:end] for tokens, end in zip(forced, ends)])
+        stream.was_interrupted, num_new = False, max(ends)
         stream.knows_ids = stream.knows_ids or not any(stream.num_seen)
-        chosen = [tokens[:end] + [NO_TOKEN] * (num_new - end) for tokens, end in zip(forced, ends)]
+        chosen = [tokens[:end] + [pad] * (num_new - end) for tokens, end in zip(forced, ends)]
         assert outputs.sequences[:, -num_new:].tolist() == chosen and outputs.past_key_values is cache
         self.advance(stream, counts, None)
         for index, row in enumerate(after):
@@ -393,6 +418,66 @@ class CacheMachine(RuleBasedStateMachine):
         self.check(stream)
 
     @staticmethod
+    def ends_of(forced: list[list[int]], ends: list[int], by_token: bool) -> tuple[list[int], list[int]]:
+        """After how many of its tokens each row ends, and which tokens end texts. Where they do, rows may end earlier than asked, and
+        all of them before the last step."""
+        num_new = len(forced[0])
+        ends = [min(end, num_new) for end in ends[: len(forced)]]
+        if not by_token:
+            return ends if max(ends) == num_new else [num_new] * len(ends), [NO_TOKEN]
+        eos = [tokens[end - 1] for tokens, end in zip(forced, ends)]
+        return [1 + next(at for at, token in enumerate(tokens) if token in eos) for tokens in forced], eos
+
+    @staticmethod
+    def continues(stream: Stream, how: str, prompts: list[list[int]]) -> bool:
+        """Whether a prompt of new tokens begins with those that were returned last."""
+        if how == "nothing":
+            return stream.returned is not None
+        return "new" not in how or stream.returned in (None, [prompt[0] for prompt in prompts])
+
+    @staticmethod
+    def assert_refused(stream: Stream, run, match: str) -> None:
+        before = stream.says()
+        with pytest.raises(ValueError, match=match):
+            run()
+        assert stream.says() == before
+
+    def padding_can_be_inferred(self, stream, texts, counts, how: str, pad: int, eos: list[int], has_none: bool) -> bool:
+        """Whether a call without a mask can mean what it is meant to: the padding token is padding where it begins a row, unless it
+        ends texts. (Of what the cache knows, it is a token all the same.)"""
+        if how in ("new with mask", "nothing") or pad in eos:
+            return has_none and how != "new with mask"
+        returned = stream.returned or [None] * len(texts)
+        if not any(stream.num_seen) or not stream.knows_ids:
+            return all(text[0] != pad for text in texts)
+        return how != "new" or all(text[-num] != pad or last == pad for text, num, last in zip(texts, counts, returned))
+
+    def padding_must_be_told(self, stream, texts, how: str, pad: int) -> bool:
+        """Whether it can be told from the text what is padding, without a mask: the padding token stands only in what the cache has
+        seen or returned, and another token stands at the beginning, as far as that is known."""
+        if how != "all" or self.num_sinks == 0 or not stream.knows_ids:
+            return False
+        for row, text, last in zip(stream.rows, texts, stream.returned or [None] * len(texts)):
+            seen = row.text.length
+            known = text[: seen if seen <= self.window_length else self.num_sinks]
+            if pad in text[seen + (last == pad) :] or all(token == pad for token in known):
+                return False
+        return True
+
+    @staticmethod
+    def count_generated(stream, how, by_token, is_inferred, pad, texts, chosen) -> None:
+        operations[f"generate, {how}"] += 1
+        have_ended, stream.have_ended = stream.have_ended and stream.returned is not None, len({len(each) for each in chosen}) > 1
+        also = {
+            "rows end with a token": by_token and stream.have_ended,
+            f"{how} after rows that ended": have_ended,
+            "padding is generated": any(pad in tokens for tokens in chosen),
+            "padding is text": any(pad in text for text in texts),
+            "padding is text, without a mask": is_inferred and any(pad in text for text in texts),
+        }
+        generated.update(name for name, is_so in also.items() if is_so)
+
+    @staticmethod
     def repeat(values: list, num: int) -> list:
         return [value for value in values for _ in range(num)]
 
@@ -404,6 +489,8 @@ class CacheMachine(RuleBasedStateMachine):
         W, cache = self.window_length, stream.cache
         if how == "all":
             return not stream.num_gone_by
+        if how == "nothing":
+            return cache.num_tokens_seen > 0 and stream.returned in (None, [text[-1] for text in texts])
         if how == "new with mask":
             return not stream.num_gone_by and cache.num_tokens_seen > 0
         if not stream.knows_ids:
@@ -661,6 +748,7 @@ class CacheMachine(RuleBasedStateMachine):
 def test_whatever_is_done_the_next_logits_are_those_of_the_oracle(capsys):
     """Would catch what no list of cases thinks of: two operations that are right by themselves, in an order that is not."""
     operations.clear()
+    generated.clear()
     start = time.perf_counter()
     is_long = "FUZZ_OPERATIONS" in os.environ
     try:
@@ -681,6 +769,7 @@ def test_whatever_is_done_the_next_logits_are_those_of_the_oracle(capsys):
         with capsys.disabled():
             counts = ", ".join(f"{name} {num}" for name, num in operations.most_common())
             print(f"\n{operations.total()} operations in {time.perf_counter() - start:.0f} s: {counts}")
+            print("generated: " + ", ".join(f"{name} {num}" for name, num in generated.most_common()))
     assert operations.total() >= NUM_OPERATIONS // 4
 
 

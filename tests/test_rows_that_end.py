@@ -13,6 +13,7 @@ from checks import (
     assert_same,
     build_recurrent_model,
     left_padded,
+    move_ahead,
     needs,
     random_ids,
 )
@@ -78,7 +79,11 @@ def with_more(texts: list[torch.Tensor]) -> list[torch.Tensor]:
 def test_the_next_turns_are_those_of_each_row_alone(kind, mode):
     """Rows end while their windows are filling, at the edge and far behind it; the longest row and the shortest; other rows in
     each turn."""
-    model = build_recurrent_model(kind) if kind in ("lfm2", "qwen3_5_text") else build_model(kind, "eager" if kind == "bloom" else "sdpa")
+    model = (
+        build_recurrent_model(kind)
+        if kind in ("lfm2", "qwen3_5_text")
+        else build_model(kind, "eager" if kind == "bloom" else "sdpa")
+    )
     if kind == "bloom" and mode == "static":
         pytest.skip("refused")
     cache = SinkCache.from_model(model, **WINDOW, **MODES[mode])
@@ -110,7 +115,9 @@ def test_quantized(model, quantized):
         texts, logits = turn(model, cache, before, ends, 30, prefill_chunk_size=1)
         for row, text in enumerate(texts):
             num = ends.get(row, 30)
-            own_texts, own_logits = turn(model, alone[row], [before[row]], {0: num} if row in ends else {}, num, prefill_chunk_size=1)
+            own_texts, own_logits = turn(
+                model, alone[row], [before[row]], {0: num} if row in ends else {}, num, prefill_chunk_size=1
+            )
             assert own_texts[0].equal(text)
             assert_same(logits[row], own_logits[0])
 
@@ -197,6 +204,19 @@ def test_going_on_without_a_prompt(model):
     answers = outputs.sequences[:, 1:]
     for row, text in enumerate(texts):
         text = torch.cat([text, answers[row : row + 1]], 1)
+        assert_same(torch.stack(outputs.logits, 1)[row : row + 1], oracle_logits(model, text[:, :-1], **WINDOW)[:, -9:])
+
+
+@pytest.mark.parametrize("num_copies", [1, 2])
+def test_going_on_without_a_prompt_costs_nothing_for_what_has_gone_by(model, num_copies):
+    """At token 10**12 a mask for the whole text would take terabytes."""
+    cache = SinkCache.from_model(model, **WINDOW)
+    texts, _ = turn(model, cache, [random_ids(30), random_ids(25, seed=2)], {0: 3})
+    move_ahead(cache, 48 * 10**12)
+    options = {"do_sample": num_copies > 1, "num_return_sequences": num_copies, "max_new_tokens": 9}
+    outputs = generate(model=model, past_key_values=cache, **options, **RECORD)
+    for row, answer in enumerate(outputs.sequences[:, 1:]):
+        text = torch.cat([texts[row // num_copies], answer[None]], 1)
         assert_same(torch.stack(outputs.logits, 1)[row : row + 1], oracle_logits(model, text[:, :-1], **WINDOW)[:, -9:])
 
 
