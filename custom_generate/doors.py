@@ -55,7 +55,7 @@ def check_same(model: torch.nn.Module, bound: torch.nn.Module | None, dtype: tor
         )
 
 
-def check_tokens(tokens, num_dims: int, attention_mask) -> list[int]:
+def check_tokens(tokens, num_dims: int, attention_mask, num_seen: int) -> list[int]:
     """Refuse what is no batch of tokens with its mask. Returns the number of tokens of each row, or a single one for all."""
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != num_dims or 0 in tokens.shape[:2]:
         shape = f"shape {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else f"{tokens!r:.50}"
@@ -64,15 +64,18 @@ def check_tokens(tokens, num_dims: int, attention_mask) -> list[int]:
             f"column; got {shape}."
         )
     batch_size, num_columns = tokens.shape[:2]
+    if num_dims == 2 and (tokens.is_floating_point() or tokens.dtype == torch.bool):
+        raise ValueError(f"input_ids must be whole numbers, got {tokens.dtype}. Embeddings are passed as inputs_embeds.")
     if attention_mask is None:
         return [num_columns]
     if not isinstance(attention_mask, torch.Tensor):
         raise ValueError(f"attention_mask must be a Tensor, got {attention_mask!r:.50} ({type(attention_mask).__name__}).")
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < num_columns:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, and must have {(batch_size, num_columns)}, or more columns "
-            "for tokens that the cache has seen."
-        )
+    num_masked = attention_mask.shape[-1]
+    is_too_long = num_masked > num_columns and num_seen == 0
+    if attention_mask.ndim != 2 or len(attention_mask) != batch_size or num_masked < num_columns or is_too_long:
+        others = ", or more columns for tokens that the cache has seen" if num_seen > 0 else ""
+        shape = f"attention_mask has shape {tuple(attention_mask.shape)}"
+        raise ValueError(f"{shape}, and must have {(batch_size, num_columns)}{others}.")
     return count_tokens(attention_mask[:, -num_columns:])
 
 
@@ -85,6 +88,9 @@ def count_tokens(attention_mask: torch.Tensor) -> list[int]:
     if attention_mask.ndim != 2:
         raise ValueError(f"attention_mask must be [batch, length], got shape {tuple(attention_mask.shape)}.")
     is_token = attention_mask.bool()
+    is_neither = attention_mask != is_token
+    if bool(is_neither.any()):
+        raise ValueError(f"attention_mask must have 1 for a token and 0 for padding, got {attention_mask[is_neither][0].item()}.")
     rows = (is_token[:, :-1] & ~is_token[:, 1:]).any(dim=1)  # padding after a token
     if bool(rows.any()):
         raise ValueError(
@@ -163,8 +169,8 @@ def check_crop(num_removed: int, stream, traits: ModelTraits) -> None:
     num_intact = min(ring.num_intact for ring in stream.rings)
     if max(stream.num_seen) > num_intact and stream.num_recorded < num_removed:
         raise ValueError(
-            f"Can't take back {num_removed} tokens: what the last {stream.num_recorded} evicted was recorded, no more. To go "
-            "back to a place in a text, for another answer, make a copy there: copy.deepcopy(cache). For drafts, call "
+            f"Can't take back {num_removed} tokens: what they evicted is gone, but for that of the last {stream.num_recorded}. "
+            "To go back to a place in a text, for another answer, make a copy there: copy.deepcopy(cache). For drafts, call "
             "activate_past_recording() before the passes that may be taken back."
         )
 
@@ -174,6 +180,16 @@ def in_use() -> ValueError:
         "This SinkCache is in use by another thread or call, and would mix two texts. Give each text a cache of its own, "
         "SinkCache.from_model(model, ...), or wait until the other is done."
     )
+
+
+def check_shape(keys: torch.Tensor, slots: torch.Tensor) -> None:
+    """Refuse the keys of a model for which the cache was not made."""
+    (_, num_heads, _, head_dim), (_, num_here, _, dim_here) = keys.shape, slots.shape
+    if (num_heads, head_dim) != (num_here, dim_here):
+        raise ValueError(
+            f"This cache was made for keys of {num_here} heads of {dim_here} dimensions, and the model brings {num_heads} heads "
+            f"of {head_dim}: it is another model. Make a new one with SinkCache.from_model(model, ...)."
+        )
 
 
 def wrong_rows(num_rows: int, num_passed: int) -> ValueError:

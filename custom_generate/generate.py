@@ -32,6 +32,7 @@ from .doors import (
     check_parts,
     check_pass,
     check_same,
+    check_shape,
     check_tokens,
     check_unprepared,
     in_use,
@@ -187,7 +188,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             ValueError: what is passed does not fit to the cache or can't be processed exactly. The cache is as before.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        num_new = check_tokens(tokens, 2 if inputs_embeds is None else 3, attention_mask)
+        num_new = check_tokens(tokens, 2 if inputs_embeds is None else 3, attention_mask, self.num_tokens_seen)
         self.require_model()
         if num_parts != 1:
             check_parts(tokens.shape[1], num_new, num_parts, self.takes_parts)
@@ -217,16 +218,16 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     def _enter(self, key_states: torch.Tensor) -> None:
         """The first layer is reached: by the pass that was prepared, or by a pass that the model begins by itself."""
-        stream = self.stream
+        stream, (num_rows, _, num_columns, _) = self.stream, key_states.shape
+        check_shape(key_states, self.layers[stream.first_layer].keys)
         if stream.current is None or stream.has_begun:
-            check_unprepared(self.traits, stream, key_states.shape[2], key_states.shape[0])
-            self._begin(key_states.shape[0], key_states.shape[2], [key_states.shape[2]], is_prepared=False)
-        current = stream.current
-        num_rows, part_length = current.batch_size * current.num_parts, current.num_columns // current.num_parts
-        if key_states.shape[2] != part_length or key_states.shape[0] != num_rows:
+            check_unprepared(self.traits, stream, num_columns, num_rows)
+            self._begin(num_rows, num_columns, [num_columns], is_prepared=False)
+        prepared = stream.current.batch_size * stream.current.num_parts, stream.current.part_length
+        if (num_rows, num_columns) != prepared:
             raise ValueError(
-                f"The pass was prepared for {num_rows} rows of {part_length} tokens, and the model brings "
-                f"{key_states.shape[0]} rows of {key_states.shape[2]}. Call the model with exactly what `prepare` returns."
+                f"The pass was prepared for {prepared[0]} rows of {prepared[1]} tokens, and the model brings {num_rows} rows of "
+                f"{num_columns}. Call the model with exactly what `prepare` returns."
             )
         stream.has_begun = True
 

@@ -112,7 +112,7 @@ class Call:
         if self.asked("use_cache") is False:
             raise refusal("use_cache=False", "without a cache there is nothing to bound. Leave it out")
         for name, value in self.arguments.items():
-            if isinstance(value, torch.Tensor) and name not in PROMPTS:
+            if isinstance(value, torch.Tensor) and name not in (*PROMPTS, *CACHE_SIZES, "prefill_chunk_size"):
                 raise refusal(name, "it can't be split over the passes in which a prompt is fed. Leave it out")
         if self.chunk_size is not None:
             check_count("prefill_chunk_size", self.chunk_size)
@@ -124,7 +124,7 @@ class Call:
         if implementation == "quantized":
             return {"quantized": {} if cache_config is None else cache_config}
         if cache_config is not None:
-            raise ValueError('cache_config configures cache_implementation="quantized", which was not asked for. Leave it out.')
+            raise ValueError('cache_config goes with "quantized". Add cache_implementation="quantized", or leave it out.')
         return {"static": True} if implementation == "static" else {"offloaded": True} if implementation in OFFLOADED else {}
 
     @property
@@ -143,7 +143,8 @@ class Call:
         if cache is None:
             return None
         if not isinstance(cache, Cache):
-            raise ValueError(f"The cache that is passed must be a Cache, got {cache!r:.50} ({type(cache).__name__}).")
+            shown = f"the class {cache.__name__}" if isinstance(cache, type) else f"{cache!r:.50} ({type(cache).__name__})"
+            raise ValueError(f"The cache that is passed must be a Cache, got {shown}. Pass an object, SinkCache(...), or none.")
         # By its name: each load of custom code makes a class of its own.
         if type(cache).__name__ == "SinkCache" and hasattr(cache, "prepare"):
             self._check_cache(cache)

@@ -90,16 +90,17 @@ def check_tensors(**values) -> None:
 def _with_inferred_mask(ids: torch.Tensor | None, call: Call) -> Prompt:
     """Padding is the padding token where it begins a row, unless it also ends texts. (transformers takes it anywhere.)"""
     pad, eos = call.option("pad_token_id"), call.option("eos_token_id")
-    if ids is None or ids.ndim != 2 or not isinstance(pad, int):
+    if ids is None or ids.ndim != 2 or 0 in ids.shape or not isinstance(pad, int):
         return Prompt(ids)
     is_padding = ids == pad
     if bool(is_padding.any()) and pad not in (eos if isinstance(eos, list | tuple) else [eos]):
         return Prompt(ids, (~is_padding).long().cummax(dim=1).values, padding_id=pad)
-    if bool(is_padding[:, :1].any()) and not bool(is_padding[:, :1].all()):
-        logging.get_logger(__name__).warning(
-            "Some rows of the batch begin with the padding token, but it also ends texts and no attention_mask is passed: they "
-            "are taken for tokens, and become the sinks. Pass the attention_mask that the tokenizer returns."
-        )
+    for column, place, harm in ((0, "begin", "become the sinks"), (-1, "end", "the text goes on behind them")):
+        if bool(is_padding[:, column].any()) and not bool(is_padding[:, column].all()):
+            logging.get_logger(__name__).warning(
+                f"Some rows of the batch {place} with the padding token, but it also ends texts and no attention_mask is passed: "
+                f"they are taken for tokens, and {harm}. Pad on the left, and pass the attention_mask that the tokenizer returns."
+            )
     return Prompt(ids)
 
 
@@ -221,7 +222,7 @@ class SeenRow:
         if self.unseen is not None and ids[0] != self.unseen or num_behind > 0:
             return None
         is_unseen = num_tokens == 1 and self.unseen is not None
-        return num_tokens if is_unseen or not self._begins(ids) else None
+        return num_tokens if is_unseen or not (self._begins(ids) or self._overlap(ids) > 1) else None
 
     def _begins(self, ids: list[int]) -> bool:
         """Whether the tokens begin as the text does, as far as that is known."""
@@ -248,14 +249,17 @@ class SeenRow:
             return "They begin with the last one that was returned. If all are new, pass an attention_mask for the whole text."
         if not is_longer and not begins:
             if self._overlap(ids) > 1:
-                return f"They begin within the text. Of its end, pass the last {self.window_length} tokens (no more, no less)."
+                end = f"They begin within the text. Of its end, pass the last {self.window_length} tokens (no more, no less)"
+                if ids[0] == self.unseen:
+                    return f"{end}. If all are new, pass an attention_mask for the whole text."
+                return f"{end}, the new ones among them."
             return (
                 f"New tokens have to begin with the last one that was returned, {self.unseen}, which the cache has not seen. "
                 "Pass sequences[:, cache.get_seq_length():] and then the new ids."
             )
         differences = self._differences(ids)
         if not differences:
-            return "They are not longer than what it has seen. Pass the whole text, with the tokens that were returned."
+            return f"They are no more than the {self.num_seen} seen. Pass the whole text, with the tokens that were returned."
         at, seen = differences[0]
         remedy = "If the text was decoded and tokenized again, keep the ids: torch.cat([sequences, new_ids], 1)."
         remedy = remedy if at > 0 else "For another text, pass a new cache."

@@ -44,6 +44,7 @@ def untouched(model, monkeypatch):
         ({"num_sink_tokens": 256}, "less than window_length=256, got 256"),
         ({"window_length": 4}, "less than window_length=4, got 4"),
         ({"num_sink_tokens": 2.5}, r"num_sink_tokens must be an int, got 2.5 \(float\)"),
+        ({"window_length": torch.tensor(64)}, r"window_length must be an int, got tensor\(64\) \(Tensor\)"),
     ],
 )
 def test_numbers_that_make_no_window(untouched, numbers, message):
@@ -389,3 +390,52 @@ def test_padding_without_a_mask_is_warned_of(model, caplog):
     with caplog.at_level("WARNING"):
         generate(ids, model=model, pad_token_id=7, eos_token_id=7, max_new_tokens=2, **WINDOW)
     assert "become the sinks" in caplog.text
+
+
+def test_what_a_first_user_passed(untouched):
+    """Each of these gave an error of torch, or an error that says the contrary of the truth."""
+    model, ids = untouched, random_ids(8)
+    cases = [
+        ({"input_ids": ids[:, :0]}, "An empty prompt: pass input_ids with at least one token"),
+        ({"input_ids": ids, "prefill_chunk_size": torch.tensor(4)}, r"prefill_chunk_size must be an int of at least 1, got tensor"),
+        ({"input_ids": ids, "past_key_values": SinkCache}, "got the class SinkCache. Pass an object, "),
+        ({"input_ids": ids, "cache_config": {"nbits": 4}}, 'Add cache_implementation="quantized", or leave it out'),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            generate(**arguments, model=model, max_new_tokens=2)
+    with pytest.raises(ValueError, match="An empty prompt"):
+        generate(ids[:, :0], model=model, pad_token_id=0, eos_token_id=1, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ({"input_ids": torch.ones(1, 4)}, "input_ids must be whole numbers, got torch.float32"),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.full((1, 4), 2)}, "1 for a token and 0 for padding, got 2"),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 6)}, r"has shape \(1, 6\), and must have \(1, 4\)\."),
+    ],
+)
+def test_what_prepare_took_without_a_word(untouched, inputs, message):
+    cache = SinkCache.from_model(untouched, **WINDOW)
+    with pytest.raises(ValueError, match=message):
+        cache.prepare(**inputs)
+    assert cache.num_tokens_seen == 0 and not cache.is_initialized
+
+
+def test_a_cache_of_another_model_in_a_loop_of_ones_own(model):
+    """Its keys have other dimensions: no error of torch from within."""
+    cache, other = SinkCache.from_model(model, **WINDOW), build_model("deepseek-v3")
+    with torch.no_grad(), pytest.raises(ValueError, match="made for keys of 2 heads of 8 dimensions, and the model brings .* Make a new one"):
+        other(random_ids(5), **{CACHE_NAME: cache})
+    model(**cache.prepare(random_ids(5)))
+    assert cache.num_tokens_seen == 5
+
+
+def test_rows_that_end_with_the_padding_token(untouched, caplog):
+    """transformers warns of padding on the right. It is text to us, if the padding token also ends texts."""
+    ids = random_ids(8).repeat(2, 1)
+    ids[1, -2:] = 1
+    with pytest.raises(AssertionError, match="the model was run"):
+        generate(ids, model=untouched, pad_token_id=1, eos_token_id=1, max_new_tokens=2, **WINDOW)
+    assert "Some rows of the batch end with the padding token" in caplog.text and "Pad on the left" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, left_padded, random_ids
+from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, feed, left_padded, random_ids
 from custom_generate.generate import SinkCache, generate
 from families import build_model
 from oracle import oracle_logits
@@ -287,3 +287,18 @@ def test_as_many_new_tokens_as_the_window_holds(model):
     new = torch.cat([torch.tensor([[6]]), random_ids(WINDOW_LENGTH - 1, seed=9)], 1)
     outputs = generate(new, model=model, past_key_values=cache, max_new_tokens=10, **RECORD)
     assert_goes_on(model, outputs, torch.cat([text, new[:, 1:]], 1))
+
+
+def test_the_end_of_a_text_whose_first_token_is_the_one_returned_last(model):
+    """A history that was cut, and begins by chance with that token, is not taken for new tokens: all of it would be read twice."""
+    ids = random_ids(120)
+    cache = SinkCache.from_model(model, **WINDOW)
+    feed(model, cache, ids, [120])
+    cache.unseen_token_ids = [int(ids[0, 100])]
+    cut = torch.cat([ids[:, 100:], ids[:, 100:101], random_ids(3, seed=5)], dim=1)
+    with pytest.raises(ValueError, match="begin within the text.*If all are new, pass an attention_mask for the whole text"):
+        generate(cut, model=model, past_key_values=cache, max_new_tokens=1)
+    assert cache.num_tokens_seen == 120
+    mask = torch.ones(1, 120 + cut.shape[1], dtype=torch.long)
+    generate(cut, attention_mask=mask, model=model, past_key_values=cache, max_new_tokens=1)
+    assert cache.num_tokens_seen == 120 + cut.shape[1]
