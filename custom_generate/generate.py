@@ -388,7 +388,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
         Raises:
             ValueError: a pass was begun and has not reached the last layer, or the cache has no model.
-            FileNotFoundError: there is no such folder.
+            FileNotFoundError, IsADirectoryError: there is no such folder, or the path is a folder.
         """
         save_cache(self, path)
 

@@ -47,6 +47,8 @@ class Saved:
     def write(self, path: str | os.PathLike) -> None:
         """In a file beside it first, so that there is never half of a file under this name."""
         beside = Path(f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.tmp")
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"Can't save to {os.fspath(path)}: it is a folder. Name a file in it.")
         if not beside.parent.is_dir():
             raise FileNotFoundError(f"Can't save to {os.fspath(path)}: there is no folder {beside.parent}. Make it first.")
         try:
@@ -99,7 +101,7 @@ class Saved:
         for name in here.keys() & there.keys():
             if here[name] != there[name]:
                 sides = f"{name} is {there[name]!r:.80} in the file, and {here[name]!r:.80} here"
-                raise self.refusal(f"it was made for another model: {sides}")
+                raise self.refusal(f"it was made for another model: {sides}. Load the model for which it was saved")
 
     def restore(self, stream: Stream, recurrent: RecurrentStates) -> list[int] | None:
         """Fill a new stream. Returns the last token returned for each row."""
@@ -115,6 +117,9 @@ class Saved:
         for name, tensor in self.tensors.items():  # before any memory is allocated
             if tensor.shape[:1] != (batch_size,):
                 raise self.misfit(f"{name} is {list(tensor.shape)} in the file, and has {batch_size} rows here")
+        num_held = min(max(num_seen), stream.ids.window.length)
+        if num_held > sum(tensor.numel() for tensor in self.tensors.values()):
+            raise self.misfit(f"{num_held} tokens are said to be held, and it has not so many numbers")
         with torch.inference_mode(False):
             stream.allocate(batch_size)
             stream.num_seen, stream.base, stream.knows_ids = num_seen, base, bool(self.number("knows_ids"))

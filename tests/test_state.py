@@ -252,6 +252,10 @@ def set_to(*names_and_value):
     return change
 
 
+def hold_a_million(numbers, tensors):
+    numbers["arguments"]["window_length"], numbers["num_seen"] = 10**6, [10**6]
+
+
 def widen(numbers, tensors):
     tensors["layers.1.keys.slots"] = torch.zeros(2, 2, 8, 8)
 
@@ -270,6 +274,7 @@ def widen(numbers, tensors):
         (set_to("arguments", "window_length", 4), r"\[1, 2, 8, 8\] in the file, and torch.float32 \[1, 2, 4, 8\] here"),
         (set_to("arguments", "window_length", "8"), "window_length must be an int"),
         (set_to("arguments", "num_sink_tokens", 8), "num_sink_tokens must be at least 0 and less than window_length=8"),
+        (hold_a_million, "1000000 tokens are said to be held, and it has not so many numbers"),
         (set_to("num_seen", [5, 6]), "can't be"),
         (set_to("num_seen", [-5]), "can't be"),
         (set_to("num_seen", 5), "can't be"),
@@ -396,6 +401,8 @@ def test_writing_is_all_or_nothing(model, content, tmp_path, monkeypatch):
             cache.save(path)
         assert path.read_bytes() == content and [*tmp_path.iterdir()] == [path]
     cache.save(path)
+    with pytest.raises(IsADirectoryError, match="it is a folder. Name a file in it"):
+        cache.save(tmp_path)
     assert SinkCache.load(path, model).window_length == WINDOW_LENGTH and [*tmp_path.iterdir()] == [path]
 
 
