@@ -364,3 +364,16 @@ def test_a_cache_that_is_not_static_is_not_taken_for_one():
     cache = SinkCache.from_model(model, **WINDOW)
     with pytest.raises(ValueError, match="is not static"):
         generate(random_ids(3), model=model, cache_implementation="static", past_key_values=cache)
+
+
+def test_a_reset_forgets_what_was_recorded():
+    """What was overwritten in rows that are gone would be rotated with the rows that came after them."""
+    model = build_model("llama", "sdpa")
+    cache, ids = SinkCache.from_model(model, static=True, **WINDOW), random_ids(60)
+    cache.activate_past_recording()
+    feed(model, cache, random_ids(20).expand(3, -1), [15] + [1] * 5)
+    cache.reset()
+    rows, mask = left_padded([ids[:, 5:], ids])
+    logits = feed(model, cache, rows, [10] + [1] * 50, mask)
+    assert_same(logits[:1, 5:], oracle_logits(model, ids[:, 5:], **WINDOW))
+    assert_same(logits[1:], oracle_logits(model, ids, **WINDOW))
