@@ -222,11 +222,16 @@ class SeenRow:
         if self.unseen is not None and ids[0] != self.unseen or num_behind > 0:
             return None
         is_unseen = num_tokens == 1 and self.unseen is not None
-        return num_tokens if is_unseen or not (self._begins(ids) or self._overlap(ids) > 1) else None
+        return num_tokens if is_unseen or not (self._begins(ids) or self._is_end(ids)) else None
 
     def _begins(self, ids: list[int]) -> bool:
         """Whether the tokens begin as the text does, as far as that is known."""
         return len(self.first) > 0 and ids[: len(self.first)] == self.first[: len(ids)]
+
+    def _is_end(self, ids: list[int]) -> bool:
+        """Whether the tokens repeat the last tokens of the text, two or more, before the token that was returned last."""
+        overlap = self._overlap(ids)
+        return min(overlap, len(self.recent)) > 1 and ids[overlap] == self.unseen
 
     def _overlap(self, ids: list[int]) -> int:
         """The largest number of tokens at their beginning that are the last ones of the text, if new ones follow."""
