@@ -245,7 +245,7 @@ class Probe:
     def check_that_no_token_sees_later_ones(self) -> None:
         """Texts 0 and 2 differ only in their third token; if earlier keys differ, the model is not causal."""
         layers = [layer for layer, window in zip(self.cache.layers, self.native_windows) if window != NO_KEYS]
-        for states in (layers[-1].keys, layers[-1].values):
+        for states in filter(torch.numel, (layers[-1].keys, layers[-1].values)):
             _, tolerance = ROTATION_TOLERANCE[states.dtype]
             states = self._by_position(states[:, :, :2]).float()
             differences = (states[0] - states[2]).flatten(1).abs().amax(1)

@@ -67,6 +67,8 @@ class Rotation:
 
         The worst dimension, relative to the length of the pair it belongs to: a wrong frequency can't hide behind right ones.
         """
+        if keys.numel() == 0:  # the rotated part of the keys, in a layer that rotates none (Mistral Large 4)
+            return 0.0
         first = keys[:, :1].float()
         angles = self.angles(positions[:1].expand_as(positions), positions)
         error = self.turn(first, angles[None, :, None]) - keys.float()

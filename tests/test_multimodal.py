@@ -12,7 +12,7 @@ from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed
 from custom_generate.generate import SinkCache, generate
 from families import TRANSFORMERS
 from oracle import oracle_logits
-from zoo import ZOO_RELEASE, _tiny_config
+from zoo import ZOO_RELEASE, tiny_config
 
 pytestmark = pytest.mark.skipif(TRANSFORMERS < version.parse(ZOO_RELEASE), reason="tiny models for the newest release only")
 
@@ -36,7 +36,7 @@ def build(model_type: str):
     torch.manual_seed(0)
     config_class = transformers.CONFIG_MAPPING[model_type]
     sections = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
-    config = _tiny_config(config_class, **({"text_config": sections} if "_vl" in model_type else {}))
+    config = tiny_config(config_class, **({"text_config": sections} if "_vl" in model_type else {}))
     model = getattr(transformers, CLASSES[model_type])._from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25 if parameter.ndim > 1 else 0.1)

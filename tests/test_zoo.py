@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from packaging import version
 
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
@@ -16,7 +17,7 @@ from custom_generate.generate import SinkCache, generate
 from custom_generate.rotation import Rotation
 from families import TRANSFORMERS
 from oracle import TOLERANCE, oracle_logits
-from zoo import LEFT_OUT, ZOO_RELEASE, ZOO_TYPES
+from zoo import LEFT_OUT, ZOO_RELEASE, ZOO_TYPES, tiny_config
 from zoo import build_zoo_model as build
 
 TYPES = [name for name in ZOO_TYPES if name not in LEFT_OUT]
@@ -124,6 +125,21 @@ def test_no_token_of_a_long_prompt_is_fed_singly(model_type, length):
     outputs = generate(prompt, model=model, window_length=16, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
     cache = SinkCache.from_model(model, window_length=16)
     assert_same(outputs.logits[0], feed(model, cache, prompt, [length - 9, 9])[:, -1])
+
+
+def test_layers_of_which_nothing_is_rotated():
+    """Mistral Large 4 caches the rotated part of its keys apart; in layers without positions that part has no dimensions."""
+    if "mistral_large4" not in transformers.CONFIG_MAPPING:
+        pytest.skip("not in this release")
+    torch.manual_seed(0)
+    config = tiny_config(transformers.CONFIG_MAPPING["mistral_large4"])
+    model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
+    traits, input_ids = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS).traits, random_ids()
+    assert [layer.shapes[1][1] for layer in traits.layers] == [8, 8, 8, 0]
+    expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    for sizes in ([1] * 80, [3, 30, 1, 1, 40, 5]):
+        cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+        assert_same(feed(model, cache, input_ids, sizes), expected)
 
 
 def test_few_are_left_out():

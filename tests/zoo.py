@@ -177,7 +177,7 @@ LEFT_OUT: dict[str, str] = {
 def zoo_config(model_type: str) -> PretrainedConfig:
     """The config of a tiny model of this type; of its decoder alone, where the model class takes that."""
     config_class, needed = CONFIG_MAPPING[model_type], _model_class(model_type).config_class
-    return _tiny_config(needed if needed in _parts(config_class).values() else config_class)
+    return tiny_config(needed if needed in _parts(config_class).values() else config_class)
 
 
 def build_zoo_model(model_type: str, attn_implementation: str | None = None, seed: int = 0) -> torch.nn.Module:
@@ -196,12 +196,12 @@ def _model_class(model_type: str) -> type[torch.nn.Module]:
     return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
 
 
-def _tiny_config(config_class: type[PretrainedConfig], **overrides) -> PretrainedConfig:
+def tiny_config(config_class: type[PretrainedConfig], **overrides) -> PretrainedConfig:
     overrides = copy.deepcopy(SPECIAL.get(config_class.model_type, {})) | overrides
     fields = _fields(config_class)
     arguments = {name: value for name, value in SIZES.items() if name in fields}
     parts = _parts(config_class)
-    arguments |= {name: _tiny_config(part, **overrides.pop(name, {})) for name, part in parts.items()}
+    arguments |= {name: tiny_config(part, **overrides.pop(name, {})) for name, part in parts.items()}
     if not parts:
         default = config_class()
         arguments |= {name: _some_of_each(kinds) for name in LAYER_LISTS if name in fields and (kinds := getattr(default, name))}
