@@ -133,6 +133,16 @@ def test_the_next_turn_may_pass_only_what_the_cache_has_not_seen(model):
     assert_same(logits, oracle_logits(model, text[:, :-1], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -4:])
 
 
+def test_without_a_prompt_the_text_goes_on_from_the_prompt_of_the_search(model):
+    """The cache is left at the prompt, not behind a beam: a call without a prompt writes what greedy decoding writes behind it."""
+    ids = random_ids(20, seed=4)
+    outputs = generate(ids, model=model, num_beams=3, max_new_tokens=6, **WINDOW, **RECORD)
+    cache = outputs.past_key_values
+    assert cache.num_tokens_seen == 19 and cache.unseen_token_ids == [int(ids[0, -1])]
+    more = generate(model=model, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert more[:, 1:].equal(generate(ids, model=model, max_new_tokens=8, do_sample=False, **WINDOW)[:, 20:])
+
+
 def test_after_an_interrupted_search_the_cache_goes_on(model):
     class Interrupt(LogitsProcessor):
         def __call__(self, input_ids, scores):
