@@ -339,7 +339,9 @@ def test_defaults_are_those_of_the_code():
     filling, full, undivided = DEFAULT_PREFILL_CHUNK_SIZES
     assert f"| `window_length` | {DEFAULT_WINDOW_LENGTH} |" in TEXTS[README]
     assert f"| `num_sink_tokens` | {DEFAULT_NUM_SINK_TOKENS} |" in TEXTS[README]
-    assert f"| `prefill_chunk_size` | {filling}, {full}, {undivided} |" in TEXTS[README]
+    assert f"| `prefill_chunk_size` | at most {filling:,} |" in TEXTS[README]
+    options = " ".join(TEXTS[ROOT / "docs" / "options.md"].split())
+    assert f"{filling:,} tokens while the window is filling, and then of {full}" in options and f"or of {undivided}," in options
 
 
 def test_the_range_of_releases_begins_where_the_requirements_do():
