@@ -1,5 +1,10 @@
+import gc
+import os
 import sys
 from pathlib import Path
+
+# Small tensors: more threads only wait for each other. Said before torch is imported, and so to each process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -19,8 +24,14 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Small tensors: more threads only wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported_for_good():
+    """The objects of torch and transformers, hundreds of thousands, stay until the end: garbage is not looked for among them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

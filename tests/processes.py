@@ -1,7 +1,7 @@
 """Scripts as a user calls them, each in a process of its own that begins at once.
 
 Importing torch and transformers takes longer than most scripts run on the tiny model. So the processes are forked from a server that has
-imported both. (Where there is no fork, on Windows, they import them anew.)
+imported both, and nothing of this repository. (Where there is no fork, on Windows, they import them anew.)
 """
 
 import multiprocessing
@@ -16,6 +16,9 @@ from pathlib import Path
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 IMPORTED = ["torch", "transformers", "transformers.generation", "transformers.models.llama.modeling_llama", "tqdm"]
 HAS_FORK = "forkserver" in multiprocessing.get_all_start_methods()
+ROOT = Path(__file__).parents[1]
+# Folders from which the tests import: no process finds them by itself.
+FOLDERS_OF_TESTS = {str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests"), ""}
 context = multiprocessing.get_context("forkserver" if HAS_FORK else "spawn")
 
 
@@ -44,6 +47,14 @@ def run_script(script: str | Path, *arguments, cwd: Path, input: str = "", timeo
         os.environ.update(before)
 
 
+def run_code(code: str, cwd: Path, input: str = "", timeout: float = 600) -> subprocess.CompletedProcess:
+    """As `subprocess.run([sys.executable, "-c", code], ...)`: modules are found in the folder in which it runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "code.py"
+        script.write_text(f"import sys\nsys.path[0] = ''\n{code}", encoding="utf-8")
+        return run_script(script, cwd=cwd, input=input, timeout=timeout)
+
+
 def _run(arguments: list[str], cwd: str, streams: list[str]) -> None:
     for number, path in enumerate(streams):
         opened = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT)
@@ -51,5 +62,5 @@ def _run(arguments: list[str], cwd: str, streams: list[str]) -> None:
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     os.chdir(cwd)
     sys.argv = arguments
-    sys.path.insert(0, str(Path(arguments[0]).parent.resolve()))
+    sys.path[:] = [str(Path(arguments[0]).parent.resolve()), *(path for path in sys.path if path not in FOLDERS_OF_TESTS)]
     runpy.run_path(arguments[0], run_name="__main__")

@@ -22,7 +22,7 @@ from custom_generate.releases import MODELS_ASK_FOR_QUERY_OFFSET
 from custom_generate.static import Cursor
 from custom_generate.window import Window
 from families import EAGER_ONLY, build_model
-from oracle import oracle_logits
+from oracle import known_oracle_logits, oracle_logits
 
 MODEL = "gemma3"  # two native windows of 6 tokens, and two layers with full attention
 # Tokens seen before the operation: fewer than the sinks, filling, at the edge, past it, past several re-bases.
@@ -45,7 +45,7 @@ def assert_goes_on(model, cache: SinkCache, streams: torch.Tensor, num_seen: int
     rest = streams.shape[1] - num_seen
     logits = feed(model, cache, streams[:, num_seen:], [1] * (rest - 12) + [12])
     for row, stream in enumerate(streams):
-        assert_same(logits[row : row + 1], oracle_logits(model, stream[None], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, num_seen:])
+        assert_same(logits[row : row + 1], known_oracle_logits(model, stream[None], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, num_seen:])
 
 
 @pytest.mark.parametrize("num_tokens, num_parts", [(12, 3), (12, 12), (30, 2), (5, 1), (1, 1)])
@@ -202,7 +202,7 @@ def test_operations_on_a_batch_of_rows_of_different_lengths(model, lengths):
     rest = random_ids(40, seed=3)
     logits = feed(model, cache, rest.expand(4, -1), [1] * 30 + [10])
     for row, prompt in enumerate([prompts[2], prompts[0], prompts[1], prompts[1]]):
-        expected = oracle_logits(model, torch.cat([prompt, rest], 1), WINDOW_LENGTH, NUM_SINK_TOKENS)[:, prompt.shape[1] :]
+        expected = known_oracle_logits(model, torch.cat([prompt, rest], 1), WINDOW_LENGTH, NUM_SINK_TOKENS)[:, prompt.shape[1] :]
         assert_same(logits[row : row + 1], expected)
 
 
@@ -321,7 +321,7 @@ def test_roll_back_of_rows_of_different_lengths(model):
     rest = random_ids(20, seed=3)
     logits = feed(model, cache, rest.expand(3, -1), [1] * 20)
     for row, prompt in enumerate(prompts):
-        expected = oracle_logits(model, torch.cat([prompt, rest], 1), WINDOW_LENGTH, NUM_SINK_TOKENS)[:, prompt.shape[1] :]
+        expected = known_oracle_logits(model, torch.cat([prompt, rest], 1), WINDOW_LENGTH, NUM_SINK_TOKENS)[:, prompt.shape[1] :]
         assert_same(logits[row : row + 1], expected)
 
 
@@ -431,7 +431,7 @@ def test_a_first_pass_that_is_interrupted_can_be_repeated(model, num_layers):
     assert cache.num_tokens_seen == 0
     logits = feed(model, cache, streams, [6, 20, *[1] * 54])
     for row in range(2):
-        assert_same(logits[row : row + 1], oracle_logits(model, streams[row : row + 1], WINDOW_LENGTH, NUM_SINK_TOKENS))
+        assert_same(logits[row : row + 1], known_oracle_logits(model, streams[row : row + 1], WINDOW_LENGTH, NUM_SINK_TOKENS))
 
 
 def test_an_interrupted_pass_that_can_not_be_repeated_is_not_glossed_over(model):

@@ -9,6 +9,7 @@ block; which those are, and where its keys stand then, is written down here from
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from custom_generate.options import OFFLOADED
 from custom_generate.quantized import Quantization
 from custom_generate.releases import CACHE_NAME
 from families import EAGER_ONLY, ORDERED, build_model
-from oracle import TOLERANCE, oracle_logits
+from oracle import TOLERANCE, known_oracle_logits, oracle_logits
 from test_assisted import assistant_like
 
 MODEL = "qwen3"
@@ -47,10 +48,15 @@ OFFLOADED_FEEDINGS = {
 }
 
 
+@functools.cache
+def shared_model(name: str) -> torch.nn.Module:
+    return build_model(name, "eager" if name in EAGER_ONLY else "sdpa")
+
+
 @pytest.fixture(scope="module")
 def gemma3():
     """Native windows in two of four layers."""
-    return build_model("gemma3", "sdpa")
+    return shared_model("gemma3")
 
 
 def offloaded_cache(model, **numbers) -> SinkCache:
@@ -62,16 +68,16 @@ def offloaded_cache(model, **numbers) -> SinkCache:
 def test_an_offloaded_window_is_exact(name, sizes):
     if name in ORDERED and sizes[0] != 1:
         sizes = [WINDOW_LENGTH] + [1] * 64
-    model, ids = build_model(name, "eager" if name in EAGER_ONLY else "sdpa"), random_ids()
+    model, ids = shared_model(name), random_ids()
     logits = feed(model, offloaded_cache(model), ids, sizes)
-    assert_same(logits, oracle_logits(model, ids, WINDOW_LENGTH, NUM_SINK_TOKENS))
+    assert_same(logits, known_oracle_logits(model, ids, WINDOW_LENGTH, NUM_SINK_TOKENS))
 
 
 @pytest.mark.parametrize("num_sink_tokens", [0, 1])
 def test_other_numbers_of_sinks_of_an_offloaded_window(gemma3, num_sink_tokens):
     ids = random_ids()
     logits = feed(gemma3, offloaded_cache(gemma3, num_sink_tokens=num_sink_tokens), ids, OFFLOADED_FEEDINGS["chunks"])
-    assert_same(logits, oracle_logits(gemma3, ids, WINDOW_LENGTH, num_sink_tokens))
+    assert_same(logits, known_oracle_logits(gemma3, ids, WINDOW_LENGTH, num_sink_tokens))
 
 
 def test_what_is_handed_out_is_a_copy(gemma3, monkeypatch):
@@ -125,7 +131,7 @@ def test_offloaded_rows_come_and_go(gemma3, num_seen):
     cache.batch_select_indices(torch.tensor([1, 2]))
     logits = feed(gemma3, cache, streams[[2, 0], num_seen:], [1] * 28 + [12])
     for row, before in enumerate([2, 0]):
-        expected = oracle_logits(gemma3, streams[before][None], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, num_seen:]
+        expected = known_oracle_logits(gemma3, streams[before][None], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, num_seen:]
         assert_same(logits[row : row + 1], expected)
 
 
@@ -142,7 +148,7 @@ def test_roll_back_of_offloaded_rows_of_different_lengths(gemma3, sizes):
     rest = random_ids(20, seed=3)
     logits = feed(gemma3, cache, rest.expand(3, -1), [1] * 15 + [5])
     for row, prompt in enumerate(prompts):
-        expected = oracle_logits(gemma3, torch.cat([prompt, rest], 1), WINDOW_LENGTH, NUM_SINK_TOKENS)[:, prompt.shape[1] :]
+        expected = known_oracle_logits(gemma3, torch.cat([prompt, rest], 1), WINDOW_LENGTH, NUM_SINK_TOKENS)[:, prompt.shape[1] :]
         assert_same(logits[row : row + 1], expected)
 
 
@@ -151,7 +157,7 @@ def test_an_interrupted_pass_of_an_offloaded_window_can_be_repeated(gemma3):
     feed(gemma3, cache, ids[:, :40], [40])
     with interrupted_at(gemma3.model.layers[2]):
         feed(gemma3, cache, ids[:, 40:41], [1])
-    expected = oracle_logits(gemma3, ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 40:]
+    expected = known_oracle_logits(gemma3, ids, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 40:]
     assert_same(feed(gemma3, cache, ids[:, 40:], [1] * 20), expected)
 
 
@@ -281,7 +287,7 @@ def assert_as_reference(model, cache: SinkCache, logits: torch.Tensor, ids: torc
     """
     seen_as = Reference(cache, passes, ids.shape[1])
     expected = oracle_logits(model, ids, LENGTH, NUM_SINK_TOKENS, seen_as=seen_as)[:, -logits.shape[1] :]
-    unquantized = oracle_logits(model, ids, LENGTH, NUM_SINK_TOKENS)[:, -logits.shape[1] :]
+    unquantized = known_oracle_logits(model, ids, LENGTH, NUM_SINK_TOKENS)[:, -logits.shape[1] :]
     errors = (logits - expected).abs().amax(-1).flatten() / expected.std()
     effects = (unquantized - expected).abs().amax(-1).flatten() / expected.std()
     assert effects.max() > 20 * TOLERANCE, "nothing was quantized: the comparison would mean nothing"

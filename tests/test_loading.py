@@ -1,9 +1,6 @@
 """The ways in: folder, `load_custom_generate`, `from_pretrained`, `pipeline`, the class by itself. In a process of its own each, as a
-user would have it, and offline."""
+user would have it, and offline; torch and transformers are imported once for all."""
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 from packaging import version
 
 from families import TRANSFORMERS
+from processes import run_code
 
 ROOT = Path(__file__).parents[1]
 COMMON = f"""
@@ -74,25 +72,23 @@ WAYS = {
 }
 
 
-def run(code: str) -> str:
-    script = textwrap.dedent(COMMON) + textwrap.dedent(code)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+def run(code: str, cwd: Path) -> str:
+    done = run_code(textwrap.dedent(COMMON) + textwrap.dedent(code), cwd=cwd, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def expected() -> str:
-    return run(WAYS["folder"])
+def expected(tmp_path_factory) -> str:
+    return run(WAYS["folder"], tmp_path_factory.mktemp("elsewhere"))
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_in_gives_the_same_text(way, expected):
-    assert run(WAYS[way]) == expected
+def test_every_way_in_gives_the_same_text(way, expected, tmp_path):
+    assert run(WAYS[way], tmp_path) == expected
 
 
-def test_pipeline():
+def test_pipeline(tmp_path):
     run("""
         from transformers import pipeline
         generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
@@ -102,11 +98,11 @@ def test_pipeline():
         batched = generator(["import os\\n", "def main(arguments):\\n    "], batch_size=2, **call)
         assert [one[0]["generated_text"] for one in batched] == alone
         print("ok")
-    """)
+    """, tmp_path)
 
 
 @pytest.mark.skipif(TRANSFORMERS < version.parse("5.16"), reason="local folders are trusted")
-def test_it_is_refused_without_trust():
+def test_it_is_refused_without_trust(tmp_path):
     run("""
         try:
             model.generate(**inputs, custom_generate=repo, trust_remote_code=False, **window)
@@ -114,4 +110,4 @@ def test_it_is_refused_without_trust():
             print("refused:", error)
         else:
             raise AssertionError
-    """)
+    """, tmp_path)

@@ -36,7 +36,10 @@ def build(model_type: str):
     torch.manual_seed(0)
     config_class = transformers.CONFIG_MAPPING[model_type]
     sections = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
-    config = tiny_config(config_class, **({"text_config": sections} if "_vl" in model_type else {}))
+    parts = {"text_config": sections} if "_vl" in model_type else {}
+    if model_type == "qwen2_vl":  # its vision tower has names of its own for its sizes
+        parts["vision_config"] = {"depth": 2, "embed_dim": 32}
+    config = tiny_config(config_class, **parts)
     model = getattr(transformers, CLASSES[model_type])._from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25 if parameter.ndim > 1 else 0.1)

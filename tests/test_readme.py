@@ -27,7 +27,7 @@ import evaluate
 from custom_generate.feed import DEFAULT_PREFILL_CHUNK_SIZES
 from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, generate
 from custom_generate.options import UNSUPPORTED_OPTIONS
-from processes import run_script
+from processes import run_code, run_script
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -130,7 +130,8 @@ def on_the_tiny_model(code: str, repo: Path) -> str:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
 def test_every_example_runs(page, copy_of_repository):
     examples = [(line, on_the_tiny_model(code, copy_of_repository)) for line, code in blocks(page, "python")]
-    done = run([sys.executable, "-c", RUN_BLOCKS], copy_of_repository, input=json.dumps([str(page), examples]))
+    done = run_code(RUN_BLOCKS, cwd=copy_of_repository, input=json.dumps([str(page), examples]))
+    assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.strip().splitlines()[-1]) == len(examples)
 
 
@@ -151,7 +152,8 @@ expected = tokenizer.apply_chat_template(messages, tokenize=False)
 assert expected == conversation + tokenizer.eos_token, conversation
 assert cache.get_seq_length() >= text.shape[1] - 1
 """
-    run([sys.executable, "-c", on_the_tiny_model(first + code, copy_of_repository)], tmp_path)
+    done = run_code(on_the_tiny_model(first + code, copy_of_repository), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """A row of a batch that ends before others brings padding from then on, which the cache does not count: the next turn goes on row by
 row as if each were alone."""
 
+import functools
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -19,7 +21,7 @@ from checks import (
 )
 from custom_generate.generate import SinkCache, generate
 from families import build_model
-from oracle import oracle_logits
+from oracle import known_oracle_logits, oracle_logits
 
 PAD, EOS = 0, 1
 MODES = {
@@ -64,9 +66,16 @@ def turn(model, cache: SinkCache, texts: list[torch.Tensor], num_new: dict[int, 
     return texts, [logits[row : row + 1, :length] for row, length in enumerate(lengths)]
 
 
+@functools.cache
+def shared_model(kind: str) -> torch.nn.Module:
+    if kind in ("lfm2", "qwen3_5_text"):
+        return build_recurrent_model(kind)
+    return build_model(kind, "eager" if kind == "bloom" else "sdpa")
+
+
 def assert_like_the_oracle(model, texts, logits) -> None:
     for text, of_answer in zip(texts, logits):
-        expected = oracle_logits(model, text[:, :-1], **WINDOW)
+        expected = known_oracle_logits(model, text[:, :-1], **WINDOW)
         assert_same(of_answer, expected[:, -of_answer.shape[1] :])
 
 
@@ -79,11 +88,7 @@ def with_more(texts: list[torch.Tensor]) -> list[torch.Tensor]:
 def test_the_next_turns_are_those_of_each_row_alone(kind, mode):
     """Rows end while their windows are filling, at the edge and far behind it; the longest row and the shortest; other rows in
     each turn."""
-    model = (
-        build_recurrent_model(kind)
-        if kind in ("lfm2", "qwen3_5_text")
-        else build_model(kind, "eager" if kind == "bloom" else "sdpa")
-    )
+    model = shared_model(kind)
     if kind == "bloom" and mode == "static":
         pytest.skip("refused")
     cache = SinkCache.from_model(model, **WINDOW, **MODES[mode])

@@ -88,7 +88,11 @@ LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_t
 
 # What the rules above do not get right: by the model type of the config, and parts of composite models by theirs.
 HALF_SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": NATIVE_WINDOW}
+# Without kernels, time and memory of this attention go with the square of its chunks, which are of 64 tokens, for each dimension.
+SMALL_STATES = {"linear_num_heads": 2, "linear_head_dim": 4}
 SPECIAL: dict[str, dict] = {
+    "bailing_hybrid": SMALL_STATES,
+    "kimi_linear": SMALL_STATES,
     # Kinds of layers that are not there by default, or only one kind
     "bamba": {"attn_layer_indices": [1, 3]},
     "big_bird": {"attention_type": "original_full"},  # block-sparse attention is for encoders
