@@ -49,8 +49,7 @@ from .options import Call
 from .plan import Pass
 from .probe import model_traits
 from .prompt import unseen_part, whole_prompt, with_pictures
-from .quantization import Quantization
-from .quantized import QuantizedStream
+from .quantized import Quantization, QuantizedStream
 from .reading import ReadableCache
 from .recurrent import RecurrentStates, layers_of_model
 from .releases import CACHE_NAME, NotesRecurrentLayers, unwrapped
@@ -58,7 +57,6 @@ from .rotation import Rotation  # noqa: F401
 from .saving import load_cache, save_cache
 from .sinks import Sinks  # noqa: F401
 from .static import StaticStream
-from .stored import StoredRing  # noqa: F401
 from .stream import Stream, next_base
 from .views import check_attention, model_for, view_of, viewed
 from .window import Window  # noqa: F401

@@ -1,4 +1,5 @@
-"""An offloaded window: all but the sinks is kept in the memory of the host, and copied to the device for each layer in turn."""
+"""Windows of which only the sinks stand where attention reads them (`StoredRing`); and one whose other tokens are kept in the
+memory of the host, and copied to the device for each layer in turn."""
 
 import contextlib
 from functools import cache, cached_property
@@ -7,9 +8,34 @@ import torch
 
 from .layers import MIN_SLOTS, Ring, undone
 from .plan import Pass, Plan
-from .stored import StoredRing
 from .stream import Stream
 from .window import Window
+
+
+class StoredRing(Ring):
+    """A ring of which `slots` holds the sinks alone. The rest, `recent`, is kept in another form, or in other memory.
+
+    For a pass, `fetch(plan)` makes the slots behind the sinks as they are before it, `[batch, heads, plan.num_held - num_sinks,
+    head_dim]`, which are let go afterwards, and `store(plan, new)` keeps the new tokens but for the sinks. What a query sees and
+    how sinks move is the same as in a plain ring.
+    """
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [*super().tensors, self.recent]
+
+    @torch.inference_mode(False)
+    def allocate(self, batch_size: int) -> None:
+        self.forget()
+        self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], self.window.num_sinks, self.slots.shape[3])
+
+    def update(self, plan: Plan, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
+        held = torch.cat([self.slots, self.fetch(plan)], dim=2)
+        handed_out = super().update(plan, new, held)
+        if plan.writes_sinks:
+            self.slots.copy_(held[:, :, : self.window.num_sinks])
+        self.store(plan, new)
+        return handed_out
 
 
 class OffloadedPlan(Plan):
@@ -55,7 +81,7 @@ class OffloadedRing(StoredRing):
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
         self._reserve(num_tokens)
-        return super().views(num_tokens)
+        return {"slots": self.slots, "recent": self.recent[:, :, : self._num_recent(num_tokens)]}
 
     def allocate(self, batch_size: int) -> None:
         super().allocate(batch_size)
@@ -65,7 +91,8 @@ class OffloadedRing(StoredRing):
     def fetch(self, plan: Plan) -> torch.Tensor:
         if plan not in self.ahead:
             self.fetch_ahead(plan)
-        wait_for_copies(self.slots.device)
+        if self.slots.is_cuda:  # the layer waits for its copy
+            torch.cuda.current_stream(self.slots.device).wait_stream(copy_stream(self.slots.device))
         states = self.ahead.pop(plan)
         for following in self.chain[self.place + 1 : self.place + 2]:
             following.fetch_ahead(plan)
@@ -74,9 +101,9 @@ class OffloadedRing(StoredRing):
     def fetch_ahead(self, plan: Plan) -> None:
         """Begin to copy what a pass needs to the device."""
         self._reserve(plan.num_held)
-        num_recent = max(plan.num_held - self.window.num_sinks, 0)
         with while_computing(self.slots.device):
-            self.ahead = {plan: self.host[:num_recent].to(self.slots.device, non_blocking=True, copy=True)}
+            needed = self.host[: self._num_recent(plan.num_held)]
+            self.ahead = {plan: needed.to(self.slots.device, non_blocking=True, copy=True)}
 
     def store(self, plan: OffloadedPlan, new: torch.Tensor) -> None:
         rows, slots, columns = plan.on_host
@@ -85,6 +112,10 @@ class OffloadedRing(StoredRing):
         else:
             self.host.permute(1, 2, 0, 3)[rows, :, slots] = new[rows, :, columns].cpu()
 
+    def _num_recent(self, num_tokens: int) -> int:
+        """Slots behind the sinks that a text of so many tokens uses."""
+        return max(min(num_tokens, self.window.length) - self.window.num_sinks, 0)
+
     @torch.inference_mode(False)
     def _room(self, num_slots: int, batch_size: int) -> torch.Tensor:
         """Pinned where another device reads it: only from there can it be copied while that device computes."""
@@ -92,7 +123,7 @@ class OffloadedRing(StoredRing):
         return torch.zeros(shape, dtype=self.slots.dtype, device="cpu", pin_memory=self.slots.is_cuda)
 
     def _reserve(self, num_tokens: int) -> None:
-        num_slots, num_before = min(num_tokens, self.window.length) - self.window.num_sinks, len(self.host)
+        num_slots, num_before = self._num_recent(num_tokens), len(self.host)
         if num_slots > num_before:
             before, num_slots = self.recent, min(self.window.num_recent, max(num_slots, 2 * num_before, MIN_SLOTS))
             self.host = self._room(num_slots, len(before))
@@ -140,12 +171,6 @@ def while_computing(device: torch.device) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     copy_stream(device).wait_stream(torch.cuda.current_stream(device))
     return torch.cuda.stream(copy_stream(device))
-
-
-def wait_for_copies(device: torch.device) -> None:
-    """What is computed from now on waits for the copies begun so far."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).wait_stream(copy_stream(device))
 
 
 def finish_copies(device: torch.device) -> None:

@@ -67,13 +67,13 @@ class RecurrentStates:
 
     Attributes:
         layers: the layers that have a state, by their numbers.
-        idle: states of rows that bring nothing but padding in the last pass: number of the layer, name, rows, states. A recurrent
-            layer goes on over padding as if it were text, so that these states have to be put back.
+        idle: by the name of a state, rows that bring nothing but padding in the last pass, and what they had before. A recurrent
+            layer goes on over padding as if it were text, so that this has to be put back.
     """
 
     def __init__(self, layers: list):
         self.layers = {index: layer for index, layer in enumerate(layers) if isinstance(layer, LinearAttentionLayer)}
-        self.idle: list[tuple] = []
+        self.idle: dict[str, tuple[list[int], torch.Tensor]] = {}
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -94,13 +94,12 @@ class RecurrentStates:
     def check(self, current: Pass) -> None:
         """Refuse a pass in which a row that goes on has padding in front of its tokens."""
         for row, (seen, new) in enumerate(zip(current.num_seen, current.num_new)):
-            if seen == 0 or new in (0, current.num_columns):
-                continue
-            raise ValueError(
-                f"Row {row} of the batch goes on by {new} tokens and another one by {current.num_columns}: the padding between "
-                "would change its recurrent states as if it were text. Split the pass so that in each part a row has tokens in "
-                "all columns or in none, or generate with custom_generate, which does."
-            )
+            if seen > 0 and new not in (0, current.num_columns):
+                raise ValueError(
+                    f"Row {row} of the batch goes on by {new} tokens and another one by {current.num_columns}: the padding "
+                    "between would change its recurrent states as if it were text. Split the pass so that in each part a row has "
+                    "tokens in all columns or in none, or generate with custom_generate, which does."
+                )
 
     def end_gradients(self) -> None:
         """What is held has no history, or a graph would grow with the text."""
@@ -110,12 +109,13 @@ class RecurrentStates:
 
     def begin(self, current: Pass) -> None:
         """Keep the states of idle rows."""
-        rows = [row for row in range(current.batch_size) if current.num_new[row % len(current.num_new)] == 0]
-        layers = self.layers if rows and any(current.num_seen) else {}
-        named = ((index, *item) for index, layer in layers.items() for item in named_states(layer).items())
-        self.idle = [(index, name, rows, state[rows]) for index, name, state in named]
+        num_new = current.num_new * (current.batch_size // len(current.num_new))
+        rows = [row for row, new in enumerate(num_new) if new == 0]
+        states = self.tensors if rows and any(current.num_seen) else {}
+        self.idle = {name: (rows, state[rows]) for name, state in states.items()}
 
     def put_back_idle(self) -> None:
-        for index, name, rows, states in self.idle:
-            named_states(self.layers[index])[name][rows] = states
-        self.idle = []
+        states = self.tensors
+        for name, (rows, idle) in self.idle.items():
+            states[name][rows] = idle
+        self.idle = {}

@@ -47,31 +47,28 @@ class Cursor:
         self.writes_sinks = min(num_seen) < window.num_sinks
         if len(num_seen) == 1 and had_all_sinks and not self.writes_sinks:
             self.slots[:, -1].fill_(window.slot(num_seen[0]))  # copies nothing to the device
-            slots = self.slots[:, -1:]
         else:
-            slots = torch.tensor([[window.slot(seen)] for seen in num_seen], device=self.slots.device)
-        if self.writes_sinks or not had_all_sinks:
-            # The token may be a sink. No slot is written twice: a slot not yet in use takes the place of the slot of that sink.
-            sinks = torch.arange(window.num_sinks, device=slots.device)
-            slots = torch.cat([torch.where(sinks == slots, window.num_sinks, sinks), slots], dim=1)
-        self.slots[:, -slots.shape[1] :].copy_(slots)
+            # No slot is written twice: a slot not yet in use takes the place of the slot of a sink that is the token itself.
+            sinks = range(window.num_sinks)
+            slots = [[*(j if j != seen else window.num_sinks for j in sinks), window.slot(seen)] for seen in num_seen]
+            self.slots.copy_(torch.tensor(slots))
         self.has_idle_rows = min(current.num_new) == 0
         if self.has_idle_rows:
-            self.is_new.copy_(torch.tensor(current.num_new, device=slots.device)[:, None, None, None])
+            self.is_new.copy_(torch.tensor(current.num_new)[:, None, None, None])
         num_visible = [min(max(after, 1), window.length) for after in current.num_after]
         if num_visible != self._num_visible:
-            self._num_visible = num_visible
-            self._show()
+            self._show(num_visible)
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
         if dtype != self.visible.dtype:  # for the first time, or after model.set_attn_implementation
             self.visible = torch.zeros_like(self.visible, dtype=dtype)
             keep_in_place(self.visible)
-            self._show()
+            self._show(self._num_visible)
         return self.visible
 
-    def _show(self) -> None:
-        num_visible = torch.tensor(self._num_visible, device=self.rows.device)[:, None, None, None]
+    def _show(self, num_visible: list[int]) -> None:
+        self._num_visible = num_visible
+        num_visible = torch.tensor(num_visible, device=self.rows.device)[:, None, None, None]
         visible = torch.arange(self.window.length, device=self.rows.device) < num_visible
         self.visible.copy_(as_mask(visible, self.visible.dtype))
 
@@ -97,6 +94,10 @@ class StaticRing(Ring):
             num_heads, head_dim = self.slots.shape[1], self.slots.shape[3]
             self.slots = self.slots.new_zeros(batch_size, num_heads, self.window.length, head_dim)
             keep_in_place(self.slots)
+
+    def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
+        """All slots: a file then has as many bytes as will be allocated for it."""
+        return super().views(self.window.length)
 
     def update(self, plan: Plan | Cursor, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(plan, Plan):
@@ -132,16 +133,11 @@ class StaticSinks(Sinks):
             self.turn = cos_sin.clone(memory_format=torch.contiguous_format)
             keep_in_place(self.turn)
         self.turn.copy_(cos_sin)
-        self.moved_by = plan.shifts
+        self.moved_by = [-shift for shift in plan.shifts]  # equals no shift: an interrupted pass moves sinks of some layers only
 
     def rotated(self, number: int) -> torch.Tensor:
         """The sinks of one ring, where the query of this pass needs them: float32."""
         return rotate(self.pristine[:, number], self.turn)
-
-    def move(self, shifts: list[int]) -> None:
-        """Always: an interrupted pass over one token may have moved the sinks of some layers."""
-        self.moved_by = [-1] if any(self.moved_by) else self.moved_by
-        super().move(shifts)
 
     def allocate(self, batch_size: int) -> None:
         if self.pristine is not None and batch_size in (0, self.pristine.shape[2]):

@@ -57,9 +57,7 @@ TESTS = [
 STORED = [["tests/test_kinds_of_windows.py"], ["tests/test_memory.py"]]
 TESTS_OF = {
     "offloaded": STORED,
-    "quantization": STORED,
     "quantized": STORED,
-    "stored": STORED,
     "static": [["tests/test_static.py"]],
     "saving": [["tests/test_state.py"], ["tests/test_kinds_of_windows.py"]],
     "probe": [["tests/test_probe.py", "tests/test_rotation.py"], ["tests/test_errors.py"], ["tests/test_zoo.py"]],

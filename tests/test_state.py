@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, move_ahead, needs, random_ids
 from custom_generate.generate import SinkCache, generate
+from custom_generate.stream import Stream
 from families import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -264,7 +265,7 @@ def widen(numbers, tensors):
     "change, message",
     [
         (set_to("format", 3), "it has format 3, and this code reads format 2. Update sink_cache"),
-        (set_to("batch_size", 10**12), "in the file, and has 1000000000000 rows here"),
+        (set_to("batch_size", 10**12), r"\[1, 2, 8, 8\] in the file, and torch.float32 \[1000000000000, 2, 8, 8\] here"),
         (set_to("batch_size", "1"), "can't be"),
         (
             set_to("arguments", "window_length", 10**12),
@@ -274,9 +275,11 @@ def widen(numbers, tensors):
         (set_to("arguments", "window_length", 4), r"\[1, 2, 8, 8\] in the file, and torch.float32 \[1, 2, 4, 8\] here"),
         (set_to("arguments", "window_length", "8"), "window_length must be an int"),
         (set_to("arguments", "num_sink_tokens", 8), "num_sink_tokens must be at least 0 and less than window_length=8"),
-        (hold_a_million, "1000000 tokens are said to be held, and it has not so many numbers"),
+        (hold_a_million, r"\[1, 2, 8, 8\] in the file, and torch.float32 \[1, 2, 1000000, 8\] here"),
         (set_to("num_seen", [5, 6]), "can't be"),
         (set_to("num_seen", [-5]), "can't be"),
+        (set_to("num_seen", [0]), "can't be"),
+        (set_to("batch_size", -1), "can't be"),
         (set_to("num_seen", 5), "can't be"),
         (set_to("base", [-1]), "can't be"),
         (set_to("unseen_token_ids", [1, 2]), "can't be"),
@@ -285,7 +288,7 @@ def widen(numbers, tensors):
         (lambda numbers, tensors: tensors.pop("layers.1.values.slots"), "it has no layers.1.values.slots"),
         (lambda numbers, tensors: tensors.pop("ids.slots"), "it has no ids.slots"),
         (lambda numbers, tensors: tensors.update(more=torch.zeros(1)), "it has more, and this model has nothing of that kind"),
-        (widen, r"layers.1.keys.slots is \[2, 2, 8, 8\] in the file, and has 1 rows here"),
+        (widen, r"layers.1.keys.slots is torch.float32 \[2, 2, 8, 8\] in the file, and torch.float32 \[1, 2, 8, 8\] here"),
     ],
 )
 def test_a_forged_file_asks_for_nothing(model, content, tmp_path, change, message):
@@ -293,6 +296,52 @@ def test_a_forged_file_asks_for_nothing(model, content, tmp_path, change, messag
     with pytest.raises(ValueError, match=message):
         SinkCache.load(forged(content, tmp_path / "cache", change), model)
     assert SinkCache.load(forged(content, tmp_path / "cache", lambda numbers, tensors: None), model).num_tokens_seen == 20
+
+
+def claim_a_million_and_bring_as_many_bytes(numbers, tensors):
+    hold_a_million(numbers, tensors)
+    tensors["more"] = torch.zeros(1, 10**6, dtype=torch.uint8)
+
+
+def claim_rows_that_take_no_bytes(numbers, tensors):
+    """A shape with a 0 in it costs nothing in a file, however many rows it says."""
+    numbers["batch_size"], numbers["num_seen"], numbers["base"] = 10**12, [0], [0]
+    for name in [name for name in tensors if not name.endswith("rotation")]:
+        tensors[name] = torch.zeros(10**12, 2, 0, 8)
+
+
+def claim_a_static_window(numbers, tensors):
+    """All its slots are allocated at once."""
+    numbers["arguments"] |= {"static": True, "window_length": 10**6}
+    for name in [name for name in tensors if name.endswith("slots")]:
+        tensors[name] = torch.zeros(1, *tensors[name].shape[1:2], 20, tensors[name].shape[3], dtype=tensors[name].dtype)
+
+
+def claim_many_sinks(numbers, tensors):
+    claim_a_static_window(numbers, tensors)
+    numbers["arguments"] |= {"static": False, "num_sink_tokens": 10**6 - 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_to("batch_size", 10**12),
+        hold_a_million,
+        claim_a_million_and_bring_as_many_bytes,
+        claim_rows_that_take_no_bytes,
+        claim_a_static_window,
+        claim_many_sinks,
+    ],
+)
+def test_numbers_that_a_file_only_claims_cost_no_memory(model, content, tmp_path, monkeypatch, change):
+    """The file is refused before there is room for a single row: a cache is made with none."""
+    path = forged(content, tmp_path / "cache", change)
+    SinkCache.from_model(model, 8, 2)  # looked at before
+    allocate, num_rows = Stream.allocate, []
+    monkeypatch.setattr(Stream, "allocate", lambda self, num: num_rows.append(num) or allocate(self, num))
+    with pytest.raises(ValueError, match="Can't load"):
+        SinkCache.load(path, model)
+    assert set(num_rows) == {0}
 
 
 def test_a_file_of_another_kind_is_refused(model, tmp_path):
@@ -547,7 +596,7 @@ def replace(name: str, *shape: int, dtype: torch.dtype):
 @pytest.mark.parametrize(
     "mode, change, message",
     [
-        ("fp8", set_to("batch_size", 10**12), "in the file, and has 1000000000000 rows here"),
+        ("fp8", set_to("batch_size", 10**12), r"\[1, 2, 4, 8\] in the file, and torch.float32 \[1000000000000, 2, 4, 8\] here"),
         ("fp8", set_to("arguments", "quantized", None), r"\[1, 2, 4, 8\] in the file, and torch.float32 \[1, 2, 16, 8\] here"),
         ("fp8", set_to("arguments", "quantized", 3), "must be a dict"),
         ("fp8", set_to("arguments", "quantized", "backend", ["fp8"]), "does not quantize caches"),
