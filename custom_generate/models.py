@@ -12,6 +12,13 @@ from .rotation import Rotation
 # and of layers that have to know only what is padding.
 FULL_MASKS, SLIDING_MASKS = ("full_attention", "hybrid"), ("sliding_attention", "hybrid_sliding")
 PADDING_MASKS = "linear_attention", "conv"
+# Options of a config that limit a window, and why: of Doge; of MPT, if no keys are rotated; of chunks; of indexers.
+LENGTH_LIMITS = {
+    "keep_window_size": "from there on it chooses among its keys",
+    "max_seq_len": "its position biases end there",
+    "attention_chunk_size": "its layers attend within chunks of that length",
+    "index_topk": "from there on its layers choose among their keys",
+}
 
 
 @dataclass(frozen=True)
@@ -80,12 +87,26 @@ def inverse_frequencies(model: torch.nn.Module, config) -> list[torch.Tensor]:
     tables: list[torch.Tensor] = []
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and "original" not in name:
-            table = buffer.float().cpu()
-            if not any(torch.equal(table, other) for other in tables):
-                tables.append(table)
+            for table in buffer.float().cpu().reshape(-1, buffer.shape[-1] if buffer.ndim else 1):
+                if not any(torch.equal(table, other) for other in tables):
+                    tables.append(table)
     if not tables and getattr(config, "rotary_dim", None):  # GPT-J, CodeGen: they hold sines and cosines instead
         tables.append(10000.0 ** -(torch.arange(0, config.rotary_dim, 2) / config.rotary_dim))
     return tables
+
+
+def copied_frequencies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+
+
+def put_back_frequencies(model: torch.nn.Module, frequencies: dict[str, torch.Tensor]) -> str | None:
+    """Some models change their frequencies while they run, for good. The name of a buffer that was changed, if there is one."""
+    now, changed = dict(model.named_buffers()), None
+    for name, frequency in frequencies.items():
+        if not torch.equal(now[name], frequency):
+            module, _, changed = name.rpartition(".")
+            setattr(model.get_submodule(module), changed, frequency)
+    return changed
 
 
 def find_max_positions(model: torch.nn.Module, config) -> int | None:

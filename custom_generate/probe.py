@@ -11,15 +11,18 @@ from transformers.utils import logging
 
 from .models import (
     FULL_MASKS,
+    LENGTH_LIMITS,
     PADDING_MASKS,
     SLIDING_MASKS,
     LayerTraits,
     ModelTraits,
     check_is_decoder,
     check_mode,
+    copied_frequencies,
     find_max_positions,
     inverse_frequencies,
     limits_time_steps,
+    put_back_frequencies,
 )
 from .releases import (
     FULL_ATTENTION,
@@ -176,14 +179,16 @@ class Probe:
             # Without a mask, models with indexers take the position of a query for its slot, before 5.17.
             shape = 1, 1, NUM_COMPARED, NUM_COMPARED
             mask = torch.full(shape, torch.finfo(self.dtype).min, dtype=self.dtype).triu(1) if takes_one_mask else None
+            frequencies = copied_frequencies(model)
             self.logits = self._ask(self.cache, slice(0, NUM_COMPARED), mask)
+        if (changed := put_back_frequencies(model, frequencies)) is not None:
+            raise self._refusal(f"it changes its frequencies ({changed}) at long texts. Try float32, or a shorter window", SHIFT)
 
     def _check_old_models(self) -> None:
         if self.has_old_masks and any(getattr(module, "is_sliding", False) for module in self.model.modules()):
             raise self._refusal("its layers change the mask they are given. In newer releases they don't", BOUNDED)
         if any(hasattr(module, "_cached_keys") for module in self.model.modules()):  # GLM MoE DSA, until 5.10
-            reason = "its layers hold keys of their own outside of the cache. With transformers 5.11 or newer they don't"
-            raise self._refusal(reason, BOUNDED)
+            raise self._refusal("its layers hold keys outside of the cache. With transformers 5.11 or newer they don't", BOUNDED)
 
     def _rebase_at(self) -> int:
         length = 2 * self.window_length
@@ -295,16 +300,10 @@ class Probe:
 
     def check_lengths(self, has_rotation: bool) -> None:
         """Refuse a window that is longer than what the model computes alike."""
-        limits = {"keep_window_size": "from there on it chooses among its keys"}  # Doge
-        if not has_rotation:
-            limits["max_seq_len"] = "its position biases end there"  # MPT
-        if self.is_chunked:
-            limits["attention_chunk_size"] = "its layers attend within chunks of that length"
-        if self.is_indexed:
-            limits["index_topk"] = "from there on its layers choose among their keys"
-        for option, reason in limits.items():
+        applies = {"max_seq_len": not has_rotation, "attention_chunk_size": self.is_chunked, "index_topk": self.is_indexed}
+        for option, reason in LENGTH_LIMITS.items():
             length = getattr(self.config, option, None)
-            if length is not None and self.window_length > length:
+            if applies.get(option, True) and length is not None and self.window_length > length:
                 raise self._too_long(f" ({option}={length}): {reason}.")
 
     def _ask(self, cache: DynamicCache, columns: slice, masks: dict | torch.Tensor | None = None) -> torch.Tensor:
@@ -358,7 +357,8 @@ class Probe:
             if misfit <= (tolerance if index == 0 else deep_tolerance):
                 return rotation
         reason = f"no known rotation explains how the keys of layer {index} change with their position"
-        raise self._refusal(f"{reason}. It has absolute or learned position embeddings, or a rotation of its own", EXACT)
+        where = "" if tables else " (no frequencies were found: they have to stand in a buffer whose name ends in inv_freq)"
+        raise self._refusal(f"{reason}. It has absolute or learned position embeddings, or a rotation of its own{where}", EXACT)
 
     def _native_window(self, index: int, layer) -> int | str | None:
         """The sliding window of a layer of the model's own cache: None for full attention, `NO_KEYS` for a layer without keys."""
