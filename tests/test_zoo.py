@@ -74,15 +74,17 @@ def test_exact_or_refused(zoo_model):
         cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
         assert_same(feed(model, cache, input_ids, sizes), expected)
 
-    prompts = [input_ids[:, 5 : 5 + length] for length in (30, 2, 19)]
-    ids, mask = left_padded(prompts)
+    lengths = (30, 2, 19)  # of texts that begin with tokens, and so with sinks, of their own
+    texts = [input_ids[:, 9 * row : 9 * row + length + 30] for row, length in enumerate(lengths)]
+    ids, mask = left_padded([text[:, :-30] for text in texts])
     cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
     feed(model, cache, ids, [16] + [1] * 14 if traits.is_ordered else [30], mask)
-    logits = feed(model, cache, input_ids[:, 50:].expand(3, -1), [1] * 30 if traits.is_ordered else [1] * 14 + [(9, 3)] + [1] * 7)
-    for row, prompt in enumerate(prompts):
-        alone = torch.cat([prompt, input_ids[:, 50:]], dim=1)
-        expected = oracle_logits(model, alone, **window, num_at_once=min(prompt.shape[1], WINDOW_LENGTH))
-        assert_same(logits[row : row + 1], expected[:, prompt.shape[1] :])
+    rest = torch.cat([text[:, -30:] for text in texts])
+    logits = feed(model, cache, rest, [1] * 30 if traits.is_ordered else [1] * 14 + [(9, 3)] + [1] * 7)
+    for row, (length, text) in enumerate(zip(lengths, texts)):
+        if row > 0:  # the first is the stream above
+            expected = oracle_logits(model, text, **window, num_at_once=min(length, WINDOW_LENGTH))
+        assert_same(logits[row : row + 1], expected[:, length : length + 30])
 
 
 def test_what_is_accepted_in_float32_is_accepted_in_bfloat16(zoo_model):
