@@ -16,10 +16,14 @@ from custom_generate.generate import SinkCache, generate
 from custom_generate.rotation import Rotation
 from families import TRANSFORMERS
 from oracle import TOLERANCE, oracle_logits
-from zoo import LEFT_OUT, ZOO_RELEASE, ZOO_TYPES
+from zoo import LEFT_OUT, SAME_AS, ZOO_RELEASE, ZOO_TYPES
 from zoo import build_zoo_model as build
 
-TYPES = [name for name in ZOO_TYPES if name not in LEFT_OUT]
+TYPES = [
+    pytest.param(name, marks=[pytest.mark.slow] if SAME_AS.get(name) in ZOO_TYPES else [])
+    for name in ZOO_TYPES
+    if name not in LEFT_OUT
+]
 
 
 def build_zoo_model(model_type: str) -> torch.nn.Module:
@@ -139,6 +143,7 @@ def test_no_token_of_a_long_prompt_is_fed_singly(model_type, length):
 def test_few_are_left_out():
     assert set(LEFT_OUT) < set(ZOO_TYPES) and len(LEFT_OUT) < 12
     assert all(LEFT_OUT.values())
+    assert set(SAME_AS).isdisjoint({*SAME_AS.values(), *LEFT_OUT}) and set(SAME_AS.values()) < set(ZOO_TYPES)
 
 
 class OffByOne(Rotation):
