@@ -151,6 +151,10 @@ FAMILIES = {
     ),
 }
 EAGER_ONLY = {"gemma2", "gemma2-long-window", "gpt-j", "gpt-oss", "bloom", "mpt"}
+# They differ from others by how they rotate keys, and by nothing about windows, masks or the order of keys. Rotations have nothing to do
+# with the attention implementation or with a compiled graph: these combinations are `slow`.
+ROTATIONS_ONLY = {"llama-linear", "llama-yarn", "llama-llama3", "mistral", "qwen2", "phi3", "gpt-neox", "cohere", "glm4", "stablelm"}
+ROTATIONS_ONLY |= {"olmo2", "smollm3", "nanochat"}
 # Refused before that release of transformers: (release, reason).
 REFUSED_BEFORE = {"glm-moe-dsa": ("5.11", "keys of their own outside of the cache")}
 # Scores depend on the order of keys: a pass of several tokens can't go past the window.

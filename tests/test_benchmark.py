@@ -4,6 +4,7 @@ A comparison with a method that computes something else, or less, would say noth
 """
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,14 +17,14 @@ from baselines import Setup, storage_bytes
 from checks import NUM_SINK_TOKENS, NUM_TOKENS, WINDOW_LENGTH, assert_same, difference, random_ids
 from custom_generate.generate import SinkCache
 from families import TRANSFORMERS, build_model
-from oracle import TOLERANCE, oracle_logits
+from oracle import TOLERANCE, known_oracle_logits
 
 pytestmark = pytest.mark.skipif(TRANSFORMERS < Version("5.16"), reason="the caches compared with are those of recent releases")
 
 MODELS = {"llama": "sdpa", "qwen3": "eager", "mistral": "eager"}
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=MODELS, scope="module")
 def model(request):
     return build_model(request.param, MODELS[request.param])
 
@@ -36,7 +37,7 @@ def decode(method: str, model, ids: torch.Tensor, prompt_length: int = WINDOW_LE
 
 
 def rules(model, ids: torch.Tensor) -> torch.Tensor:
-    return torch.cat([oracle_logits(model, row[None], WINDOW_LENGTH, NUM_SINK_TOKENS) for row in ids])
+    return torch.cat([known_oracle_logits(model, row[None], WINDOW_LENGTH, NUM_SINK_TOKENS) for row in ids])
 
 
 @pytest.mark.parametrize("prompt_length", [5, WINDOW_LENGTH], ids=["filling", "full"])
@@ -89,12 +90,21 @@ def test_the_frozen_cache_costs_a_window_of_attention_and_nothing_else(model):
     assert all(difference(decoder.step(token), before) > TOLERANCE for token, before in zip(tokens, first))
 
 
+def do_not_compile_quanto(monkeypatch) -> None:
+    """It would compile one function for a minute, in each new environment: to unpack bits, which it has in Python, too."""
+    pytest.importorskip("optimum.quanto")
+    from optimum.quanto.library.extensions import cpp
+    from optimum.quanto.library.unpack import unpack
+
+    monkeypatch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["dynamic", "static", "quantized-fp8", "quantized-quanto"])
-def test_a_turn_can_be_taken_again(model, method):
+def test_a_turn_can_be_taken_again(model, method, monkeypatch):
     """The caches that grow: a turn gives the logits of a full pass, and after `rewind` the same again. (Few bits are not exact.)"""
     if method == "quantized-quanto":
-        pytest.importorskip("optimum.quanto")
+        do_not_compile_quanto(monkeypatch)
         model = build_model(model.config.model_type, "sdpa", head_dim=64)  # its groups are of 64 numbers
     ids, turn_length = random_ids(WINDOW_LENGTH, num_rows=2), 6
     decoder = benchmark.DECODERS[method](model, Setup(WINDOW_LENGTH, NUM_SINK_TOKENS, ids, turn_length))
@@ -115,10 +125,10 @@ def test_a_turn_can_be_taken_again(model, method):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", [name for name in benchmark.DECODERS if "compiled" not in name and "hqq" not in name])
-def test_random_states_fill_a_cache_as_a_prompt_does(method):
+def test_random_states_fill_a_cache_as_a_prompt_does(method, monkeypatch):
     """Else long windows would be timed at another length."""
     if method == "quantized-quanto":
-        pytest.importorskip("optimum.quanto")
+        do_not_compile_quanto(monkeypatch)
     model, ids = build_model("llama", "sdpa", head_dim=64), random_ids(WINDOW_LENGTH, num_rows=2)
     token = random_ids(1, num_rows=2)
     held, logits = [], []

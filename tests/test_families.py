@@ -7,20 +7,23 @@ import torch
 
 from checks import NUM_SINK_TOKENS, WINDOW_LENGTH, assert_same, difference, feed, left_padded, random_ids
 from custom_generate.generate import SinkCache
-from families import EAGER_ONLY, FAMILIES, ORDERED, REFUSED_BEFORE, build_model, is_refused
+from families import EAGER_ONLY, FAMILIES, ORDERED, REFUSED_BEFORE, ROTATIONS_ONLY, build_model, is_refused
 from oracle import TOLERANCE, known_oracle_logits, native_windows, oracle_logits, own_cache
 
+
+def marks_of(name: str, implementation: str) -> list:
+    if implementation != "eager" or name in EAGER_ONLY:
+        return []
+    return [pytest.mark.also_eager, *([pytest.mark.slow] if name in ROTATIONS_ONLY else [])]
+
+
 CASES = [
-    pytest.param(
-        name,
-        implementation,
-        id=f"{name}-{implementation}",
-        marks=[pytest.mark.also_eager] if implementation == "eager" and name not in EAGER_ONLY else [],
-    )
+    pytest.param(name, implementation, id=f"{name}-{implementation}", marks=marks_of(name, implementation))
     for name in FAMILIES
     for implementation in ("eager", "sdpa")
     if implementation == "eager" or name not in EAGER_ONLY
 ]
+SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]  # of weights and texts
 # Cases at W-1, W, W+1, chunks over every edge, and one pass far longer than the window.
 SPLITS = {
     "one-by-one": [1] * 80,
@@ -100,7 +103,7 @@ def test_the_oracle_notices_wrong_sinks_and_sinks_left_unmoved(name):
     model = judged_model(name)
     if all(native_windows(model, WINDOW_LENGTH)):
         pytest.skip("all layers have short windows of their own, and no sinks")
-    input_ids = random_ids()
+    input_ids = random_ids(40)  # the first of those above
     expected = known_oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
     others = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS, sinks=random_ids(NUM_SINK_TOKENS, seed=9))
     unmoved = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS, shift=False)
@@ -109,7 +112,7 @@ def test_the_oracle_notices_wrong_sinks_and_sinks_left_unmoved(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-j", "deepseek-v3", "bloom"])
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_zero_sinks_is_a_plain_sliding_window(name, seed):
     """Compared with Mistral-like masking done by hand: the model itself over exactly the tokens in the window, where layers are one."""
     model = build_model(name, seed=seed)
@@ -119,7 +122,7 @@ def test_zero_sinks_is_a_plain_sliding_window(name, seed):
     assert_same(feed(model, cache, input_ids, [10, 6] + [1] * 64), expected)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     "window_length, num_sink_tokens", [(1, 0), (2, 1), (5, 4), (16, 15), (16, 1), (17, 4), (64, 4), (79, 4), (80, 4)]
 )

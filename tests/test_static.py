@@ -26,7 +26,7 @@ from checks import (
 )
 from custom_generate.generate import SinkCache, generate
 from custom_generate.releases import LinearAttentionLayer, named_states
-from families import EAGER_ONLY, FAMILIES, TRANSFORMERS, build_model, is_refused
+from families import EAGER_ONLY, FAMILIES, ROTATIONS_ONLY, TRANSFORMERS, build_model, is_refused
 from oracle import oracle_logits
 from test_memory import reachable
 
@@ -35,7 +35,16 @@ OLD_TORCH = version.parse(torch.__version__) < version.parse("2.13")
 compiling = pytest.mark.skipif(
     OLD_TORCH, reason="older releases of torch can't capture all that transformers has in a forward pass"
 )
-CASES = [pytest.param(name, "eager" if name in EAGER_ONLY else "sdpa", id=name) for name in FAMILIES if not is_refused(name)]
+CASES = [
+    pytest.param(
+        name,
+        "eager" if name in EAGER_ONLY else "sdpa",
+        id=name,
+        marks=[pytest.mark.slow] if name in ROTATIONS_ONLY else [],
+    )
+    for name in FAMILIES
+    if not is_refused(name)
+]
 CASES.append(pytest.param("llama", "eager", id="llama-eager"))
 
 
