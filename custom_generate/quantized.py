@@ -227,7 +227,7 @@ class QuantizedRing(StoredRing):
         recent: the whole tokens, `[batch, heads, num_whole, head_dim]`.
         blocks: codes, scales and offsets, `[batch, heads, num_blocks, head_dim, width]`, as `Quantization.quantize` makes them;
             and by how much positions were lowered since each block was quantized, int64 `[batch, 1, num_blocks, 1]`.
-        rotates_until: as long as a row has seen no more tokens, blocks may have to be rotated. None: that has to be looked up.
+        rotates: positions may have been lowered since some block was quantized.
         block_log: what recorded passes have overwritten in the blocks: `(rows, slots, tokens), parts`.
     """
 
@@ -249,7 +249,7 @@ class QuantizedRing(StoredRing):
         num_blocks = self.quantization.num_blocks(num_tokens - self.window.num_sinks)
         num_blocks = min(num_blocks, self.quantization.max_blocks(self.window))
         self._reserve(num_blocks)
-        self.rotates_until = None
+        self.rotates = True
         blocks = zip(("codes", "scales", "offsets", "lowered"), [part[:, :, :num_blocks] for part in self.blocks])
         return {"slots": self.slots, "recent": self.recent} | dict(blocks)
 
@@ -261,7 +261,7 @@ class QuantizedRing(StoredRing):
         widths = zip(self.quantization.widths, (torch.uint8, dtype, dtype))
         self.blocks = [new(batch_size, num_heads, 0, head_dim, width, dtype=of_part) for width, of_part in widths]
         self.blocks.append(new(batch_size, 1, 0, 1, dtype=torch.long))
-        self.rotates_until: int | None = -1
+        self.rotates = False
 
     @torch.inference_mode(False)
     def _reserve(self, num_blocks: int) -> None:
@@ -272,11 +272,9 @@ class QuantizedRing(StoredRing):
 
     def fetch(self, plan: QuantizedPlan) -> torch.Tensor:
         self._reserve(plan.num_blocks)
-        (*parts, lowered), num_seen = self.blocks, plan.current.num_seen
+        *parts, lowered = self.blocks
         blocks = self.quantization.dequantize(*parts, self.by_channel)
-        if self.rotates_until is None:  # until all blocks have been replaced
-            self.rotates_until = max(num_seen) + self.window.length if bool(lowered.any()) else -1
-        if min(num_seen) <= self.rotates_until:
+        if self.rotates:
             blocks = self.rotation.turn(blocks, self.rotation.angles(lowered, torch.zeros_like(lowered)))
         return take_slots(torch.cat([self.recent, blocks.flatten(2, 3)], dim=2), plan.sources)
 
@@ -286,6 +284,7 @@ class QuantizedRing(StoredRing):
             states = torch.cat([self.recent, new], dim=2)[rows, :, places].permute(1, 2, 0, 3)
             for part, now in zip(self.blocks, (*self.quantization.quantize(states, self.by_channel), 0)):
                 part[rows, :, slots] = now
+            self.rotates = self.rotates and bool(self.blocks[3].any())
         rows, slots, _, columns = plan.new_whole
         self.recent[rows, :, slots] = new[rows, :, columns]
 
@@ -298,6 +297,7 @@ class QuantizedRing(StoredRing):
         for rows, slots, is_undone, overwritten in undone(self.log, num_tokens):
             self.recent[rows, :, slots] = overwritten[is_undone]
         for rows, slots, is_undone, parts in undone(self.block_log, num_tokens):
+            self.rotates = True
             for part, overwritten in zip(self.blocks, parts):
                 part[rows, :, slots] = overwritten[is_undone]
 
@@ -310,7 +310,7 @@ class QuantizedRing(StoredRing):
         self.blocks[3] += num_positions[..., None]
         for (rows, _, _), parts in self.block_log:
             parts[3] = parts[3] + (num_positions if len(num_positions) == 1 else num_positions[rows])
-        self.rotates_until = None
+        self.rotates = True
 
     def select_rows(self, index: torch.Tensor) -> None:
         super().select_rows(index)

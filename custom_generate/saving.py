@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .layers import Ring
 from .quantized import Quantization
 from .releases import has_previous_state, num_states, restore_recurrent
 from .stream import KINDS, Stream
@@ -44,17 +45,10 @@ def save_cache(cache, path: str | os.PathLike) -> None:
         sinks.move([0])  # to where they came
     has_tokens = any(stream.num_seen)
     tensors = rotations_of(stream) | (views_of(stream) | recurrent.tensors if has_tokens else {})
-    numbers = {
-        "format": SAVED_FORMAT,
-        "model": settings_of(model),
-        "arguments": cache.arguments,
-        "batch_size": stream.batch_size if has_tokens else -1,
-        "num_seen": stream.num_seen,
-        "base": stream.base,
-        "knows_ids": stream.knows_ids,
-        "unseen_token_ids": cache.unseen_token_ids,
-        "has_previous_state": {str(index): has_previous_state(layer) for index, layer in recurrent.layers.items()},
-    }
+    numbers = {"format": SAVED_FORMAT, "model": settings_of(model), "arguments": cache.arguments}
+    numbers |= {"batch_size": stream.batch_size if has_tokens else -1, "num_seen": stream.num_seen, "base": stream.base}
+    numbers |= {"knows_ids": stream.knows_ids, "unseen_token_ids": cache.unseen_token_ids}
+    numbers["has_previous_state"] = {str(index): has_previous_state(layer) for index, layer in recurrent.layers.items()}
     try:
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         save_file(tensors, beside, {"sink_cache": json.dumps(numbers)})
@@ -125,8 +119,8 @@ class SavedFile:
         num_seen, base, unseen = self.number("num_seen"), self.number("base"), self.number("unseen_token_ids")
         are_right = all(are_counts(numbers, batch_size) for numbers in (num_seen, base, unseen or [0]))
         if not are_right or len(num_seen) != len(base) or not any(num_seen):
-            counts = f"{num_seen!r:.50} tokens, counted from {base!r:.50}"
-            raise self.misfit(f"{batch_size!r:.50} rows that have seen {counts}, can't be")
+            counts = f"{batch_size!r:.50} rows that have seen {num_seen!r:.50} tokens, counted from {base!r:.50}"
+            raise self.misfit(f"{counts}, can't be")
         stream.num_seen, stream.base, stream.knows_ids = num_seen, base, bool(self.number("knows_ids"))
         tensors = {name: self._take(name, view, batch_size) for name, view in views_of(stream).items()}
         self._restore_recurrent(cache, batch_size)
@@ -174,12 +168,12 @@ class SavedFile:
         return ValueError(f"Can't load {os.fspath(self.path)!r} as a SinkCache: {reason}.")
 
 
+def rings_of(stream: Stream) -> dict[str, Ring]:
+    return {f"layers.{index}.{kind}": ring for index, layer in stream.layers.items() for kind, ring in zip(KINDS, layer.rings)}
+
+
 def rotations_of(stream: Stream) -> dict[str, torch.Tensor]:
     return {f"{name}.rotation": ring.rotation.as_tensor() for name, ring in rings_of(stream).items()}
-
-
-def rings_of(stream: Stream):
-    return {f"layers.{index}.{kind}": ring for index, layer in stream.layers.items() for kind, ring in zip(KINDS, layer.rings)}
 
 
 def views_of(stream: Stream) -> dict[str, torch.Tensor]:

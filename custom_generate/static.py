@@ -115,11 +115,11 @@ class StaticRing(Ring):
 class StaticSinks(Sinks):
     """Sinks that a pass over one token rotates within its graph, by cosines and sines in `turn`."""
 
-    turn: torch.Tensor | None = None
+    turn = torch.zeros(0)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [*super().tensors, *([] if self.turn is None else [self.turn])]
+        return [*super().tensors, self.turn]
 
     def begin(self, plan: Plan | Cursor) -> None:
         if isinstance(plan, Plan):
@@ -129,7 +129,7 @@ class StaticSinks(Sinks):
             self.keep()
         self.are_new = plan.writes_sinks
         cos_sin = self.cos_sin_at(plan.shifts).expand(-1, len(plan.rows), -1, -1, -1)
-        if self.turn is None or self.turn.shape != cos_sin.shape:
+        if self.turn.shape != cos_sin.shape:
             self.turn = cos_sin.clone(memory_format=torch.contiguous_format)
             keep_in_place(self.turn)
         self.turn.copy_(cos_sin)
