@@ -10,8 +10,11 @@ and the model sees them as if they were numbered 0 .. window_length - 1. It does
 does not get longer, the text does. While nothing has been evicted, the logits are those of `DynamicCache`.
 
 Read in this order: `window.py` (where a token is stored), `rotation.py` (how a key moves), `plan.py` (what one forward pass
-does), `layers.py` (which carry it out), `SinkCache` and `generate` here. Nothing opens a connection, changes anything global, or
-leaves anything on the model. No file is opened but the file whose path is passed to `SinkCache.save` or `load`.
+does), `layers.py` (which carry it out), `SinkCache` and `generate` here; then `sinks.py` (which moves the sinks), `stream.py`
+(which opens and ends a pass) and `feed.py` (which calls `prepare` for each pass of a text).
+
+Nothing opens a connection, changes anything global, or leaves anything on the model. No file is opened but the file whose path is
+passed to `SinkCache.save` or `load`.
 """
 
 import contextlib
@@ -200,13 +203,13 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the attention layers call. `[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]`
-        out."""
+        """Called by attention layers: `[batch, heads, num_columns, head_dim]` -> `[batch, heads, kv_length, head_dim]`."""
         if self.stream is None:
             self.require_model()
         if torch.is_grad_enabled():  # what is held has no history: gradients end here
             key_states, value_states = key_states.detach(), value_states.detach()
         stream, layer = self.stream, self.layers[layer_idx]
+        # A compiled graph has no place for checks: `prepare` has checked what it may be called for.
         if layer_idx == stream.first_layer and (stream.current is None or not layer.plan.is_in_tensors):
             self._enter(key_states)
         handed_out = layer.update(key_states, value_states)
@@ -471,6 +474,7 @@ def generate(
         else:
             feed = BeamFeed(*feed_arguments) if call.has_beams else Feed(*feed_arguments)
         with feed:
+            # For each pass, transformers asks the view for the inputs of the model: those of `cache.prepare`.
             view = with_processors(feed.view(), prompt, call.num_copies, guidance)
             outputs = type(model).generate(view, **call.arguments_with(cache, prompt.tokens.shape[:2], **others))
             feed.sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences

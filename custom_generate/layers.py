@@ -14,7 +14,7 @@ class Ring:
     """The keys, or the values, of one layer: `slots` is `[batch, heads, num_slots, head_dim]`. Only the sinks move (`sinks.py`).
 
     Attributes:
-        sinks, number: the group in which the sinks of this ring move, and its number there; None if they do not move.
+        sinks, number: the `Sinks` (sinks.py) that move the sinks of this ring, and its number there; None if they do not move.
         log: what recorded passes have overwritten: `(rows, slots, tokens), keys or values`.
         num_bytes_on_host: bytes that are offloaded.
     """
@@ -82,7 +82,7 @@ class Ring:
 
     def _with_copies_of_sinks(self, plan: Plan, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """A copy of the sinks for each query, recent tokens as before the pass, and new tokens."""
-        if plan.writes_sinks:
+        if plan.writes_sinks:  # sinks that come with this pass have to be copied, too
             rows, slots, columns = plan.new_sinks()
             held[rows, :, slots] = new[rows, :, columns]
         copies = held[:, :, None, : self.window.num_sinks]

@@ -24,7 +24,7 @@ class Pass:
         is_ordered: keys are handed out in the order of their tokens.
         is_prepared: positions and masks come from `prepare`, not from the model.
         is_recorded: what the pass evicts is kept, so that it can be rolled back.
-        can_be_repeated: nothing that a second try needs is overwritten.
+        can_be_repeated: nothing that a second try needs is overwritten (a single token may overwrite the oldest one).
     """
 
     num_seen: list[int]
@@ -59,7 +59,7 @@ class Plan:
     Attributes:
         num_held: slots in use after the pass, of the row that has the most.
         kv_length: keys that the pass is handed, in each part.
-        is_causal: each query sees all that is handed out before it, and all rows are alike.
+        is_causal: no mask is needed. In all rows, a single query sees all slots handed out, or slots are in the order of tokens.
         can_be_undone: rolling back the pass restores the window, because no new token has evicted another new token.
         recent_before: the slots of recent tokens that are in use before the pass.
         rows, slots, columns: column `columns[i]` of row `rows[i]` is written to slot `slots[i]`. Slices where that is possible.
@@ -67,7 +67,7 @@ class Plan:
         order: slots in the order of their tokens, `[rows, num_held]`, for an ordered pass. Else None.
     """
 
-    is_in_tensors = False  # the numbers of the pass stand in Python
+    is_in_tensors = False  # its numbers stand in Python; those of `Cursor` (static.py) in tensors, which a graph reads
 
     def __init__(self, window: Window, current: Pass, device: torch.device):
         num_seen, num_after, num_columns = current.num_seen, current.num_after, current.num_columns
@@ -92,7 +92,7 @@ class Plan:
         if self.num_parts > 1:  # the slots of the recent tokens before the pass, oldest first: `[rows, num_recent]`
             self.recent_slots = window.slot(self._num_seen + torch.arange(-window.num_recent, 0, device=device))
         if self.hands_out_slots and self.is_uniform:
-            start = window.slot(num_seen[0])
+            start = window.slot(num_seen[0])  # the slots never go past the end: it is one token, or the window is filling
             self.rows, self.slots, self.columns = slice(None), slice(start, start + num_columns), slice(None)
         else:
             self.rows, self.slots, self.columns = self._entries()
@@ -115,7 +115,8 @@ class Plan:
     def _entries(self) -> tuple:
         """`rows, slots, columns` of the new tokens that are still held after the pass."""
         is_padding = torch.arange(self.num_columns, device=self.device) < self._num_padding
-        rows, columns = (~is_padding & self.window.sees(self.tokens[:, -1:], self.tokens)).nonzero(as_tuple=True)
+        is_held = self.window.sees(self.tokens[:, -1:], self.tokens)  # what the last token sees
+        rows, columns = (~is_padding & is_held).nonzero(as_tuple=True)
         slots = self.window.slot(self.tokens[rows, columns])
         return slice(None) if self.is_uniform else rows, slots, columns
 
