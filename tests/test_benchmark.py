@@ -91,10 +91,12 @@ def test_the_frozen_cache_costs_a_window_of_attention_and_nothing_else(model):
 
 
 def do_not_compile_quanto(monkeypatch) -> None:
-    """It would compile one function for a minute, in each new environment: to unpack bits, which it has in Python, too."""
-    pytest.importorskip("optimum.quanto")
-    from optimum.quanto.library.extensions import cpp
-    from optimum.quanto.library.unpack import unpack
+    """It would compile one function for a minute, in each new environment: this one, in C++."""
+    cpp = pytest.importorskip("optimum.quanto.library.extensions.cpp")
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        """Several numbers of so many bits in each byte: the lowest bits of all bytes come first."""
+        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
 
     monkeypatch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
 
