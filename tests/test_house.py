@@ -1,5 +1,5 @@
-"""The size of the house and the direction of its imports: what a reader has to hold in the head. Each number is a promise of the README or
-of docs/, so a change that needs a larger one has to make room first."""
+"""The size of the house and the direction of its imports: what a reader has to hold in the head. A change that needs a larger number has
+to make room first."""
 
 import ast
 from functools import cache
