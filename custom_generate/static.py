@@ -92,6 +92,7 @@ class StaticRing(Ring):
     """A ring whose slots are allocated at once, and stay where they are."""
 
     def allocate(self, batch_size: int) -> None:
+        self.forget()
         if batch_size not in (0, len(self.slots)):  # else they stay: no query sees what is left in them
             num_heads, head_dim = self.slots.shape[1], self.slots.shape[3]
             self.slots = self.slots.new_zeros(batch_size, num_heads, self.window.length, head_dim)

@@ -133,26 +133,6 @@ def test_the_next_turn_may_pass_only_what_the_cache_has_not_seen(model):
     assert_same(logits, oracle_logits(model, text[:, :-1], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -4:])
 
 
-@pytest.mark.parametrize("num_return_sequences", [1, 3])
-def test_without_a_prompt_the_text_goes_on_behind_the_prompt_of_the_search(model, num_return_sequences):
-    """The beams were searched in copies of the cache, which holds none of them: to go on with the best, its text is passed."""
-    cache, options = SinkCache(**WINDOW), {"model": model, "max_new_tokens": 6, "do_sample": False}
-    search = {"num_beams": 3, "num_return_sequences": num_return_sequences}
-    prompt = random_ids(26)
-    found = generate(prompt, past_key_values=cache, **search, **options)
-    before = copy.deepcopy(cache)
-    assert cache.num_tokens_seen == 25 and cache.unseen_token_ids == [int(prompt[0, -1])] * num_return_sequences
-    behind_prompt = generate(past_key_values=cache, **options)
-    alone = generate(prompt, **options, **WINDOW)
-    assert behind_prompt.equal(alone[:, 25:].expand(num_return_sequences, -1))
-    assert not behind_prompt[:1, 1:].equal(found[:1, 26:]), "greedy search has found the best beam: the test shows nothing"
-    more = generate(found, past_key_values=before, **options, **RECORD)
-    for row in range(num_return_sequences):
-        logits = torch.stack([step[row] for step in more.logits])[None]
-        expected = oracle_logits(model, more.sequences[row : row + 1, :-1], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, -6:]
-        assert_same(logits, expected)
-
-
 def test_after_an_interrupted_search_the_cache_goes_on(model):
     class Interrupt(LogitsProcessor):
         def __call__(self, input_ids, scores):

@@ -422,6 +422,21 @@ def test_a_pass_that_is_interrupted_can_be_repeated(model):
     assert_goes_on(model, cache, streams, 50)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_after_reset_nothing_of_the_former_text_is_put_back(model, static):
+    """What was recorded of the text before is let go of, or a crop puts its keys in the place of those of the new text."""
+    cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS, static=static)
+    cache.activate_past_recording()
+    feed(model, cache, random_ids(40, seed=5), [20, *[1] * 20])
+    cache.reset()
+    ids = random_ids(30)
+    logits = [feed(model, cache, ids[:, :3], [3])]
+    feed(model, cache, random_ids(2, seed=6), [2])
+    cache.crop(-2)
+    logits.append(feed(model, cache, ids[:, 3:], [1] * 27))
+    assert_same(torch.cat(logits, 1), oracle_logits(model, ids, WINDOW_LENGTH, NUM_SINK_TOKENS))
+
+
 def test_a_text_that_is_taken_back_whole_leaves_no_trace(model):
     """Tokens that came without ids make the ids unknown, until all of them are taken back."""
     cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
