@@ -108,7 +108,7 @@ class Stream:
         if self.done is None:
             return
         (done, ids), self.done, self.input_ids = (self.done, self.input_ids), None, None
-        self.knows_ids &= ids is not None
+        self.knows_ids = ids is not None and (self.knows_ids or not any(done.num_seen))
         if self.knows_ids:
             self.ids.update(self.plans[0], ids[:, None, :, None].to(self.ids.slots.device))
         for sinks in self.groups:

@@ -423,6 +423,33 @@ def test_a_pass_that_is_interrupted_can_be_repeated(model):
     assert_goes_on(model, cache, streams, 50)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_after_reset_nothing_of_the_former_text_is_put_back(model, static):
+    """What was recorded of the text before is let go of, or a crop puts its keys in the place of those of the new text."""
+    cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS, static=static)
+    cache.activate_past_recording()
+    feed(model, cache, random_ids(40, seed=5), [20, *[1] * 20])
+    cache.reset()
+    ids = random_ids(30)
+    logits = [feed(model, cache, ids[:, :3], [3])]
+    feed(model, cache, random_ids(2, seed=6), [2])
+    cache.crop(-2)
+    logits.append(feed(model, cache, ids[:, 3:], [1] * 27))
+    assert_same(torch.cat(logits, 1), oracle_logits(model, ids, WINDOW_LENGTH, NUM_SINK_TOKENS))
+
+
+def test_a_text_that_is_taken_back_whole_leaves_no_trace(model):
+    """Tokens that came without ids make the ids unknown, until all of them are taken back."""
+    cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    with torch.no_grad():
+        model(**cache.prepare(inputs_embeds=model.get_input_embeddings()(random_ids(5))))
+    assert cache.known_token_ids(0) is None
+    cache.crop(-5)
+    ids = random_ids(6, seed=2)
+    feed(model, cache, ids, [4, 1, 1])
+    assert [known.tolist() for known in cache.known_token_ids(0)] == [ids[0, :4].tolist(), ids[0].tolist()]
+
+
 @pytest.mark.parametrize("num_layers", [0, 1])
 def test_a_first_pass_that_is_interrupted_can_be_repeated(model, num_layers):
     """When some layers hold the sinks, and others have not even room for them: nothing of that pass is kept."""

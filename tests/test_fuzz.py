@@ -154,7 +154,7 @@ TURN = st.fixed_dictionaries(
         "num_copies": st.sampled_from([1, 1, 1, 2]),
         "ends": st.lists(st.integers(1, 12), min_size=MAX_ROWS, max_size=MAX_ROWS),
         "by_token": st.booleans(),
-        "padding": st.sampled_from(["in no text", "chosen", "chosen last", "first", "new", "end"]),
+        "padding": st.sampled_from(["in no text", "chosen", "chosen last", "first", "new", "returned", "end"]),
         "masked": st.booleans(),
     }
 )
@@ -362,7 +362,8 @@ class CacheMachine(RuleBasedStateMachine):
         ]
         ends, eos = self.ends_of(forced, ends, by_token)
         pad = {
-            "chosen": forced[0][0], "chosen last": forced[0][ends[0] - 1], "first": texts[0][0], "new": texts[-1][-counts[-1]], "end": eos[0]
+            "chosen": forced[0][0], "chosen last": forced[0][ends[0] - 1], "first": texts[0][0], "new": texts[-1][-counts[-1]],
+            "returned": (stream.returned or [NO_TOKEN])[0], "end": eos[0],
         }.get(padding, NO_TOKEN)  # fmt: skip
         ids, mask = left_padded([torch.tensor([prompt]) for prompt in prompts])
         ids = torch.where(mask.bool(), ids, pad)
@@ -454,13 +455,14 @@ class CacheMachine(RuleBasedStateMachine):
 
     def padding_must_be_told(self, stream, texts, how: str, pad: int) -> bool:
         """Whether it can be told from the text what is padding, without a mask: the padding token stands only in what the cache has
-        seen or returned, and another token stands at the beginning, as far as that is known."""
-        if how != "all" or self.num_sinks == 0 or not stream.knows_ids:
+        seen or returned, and another token stands at the beginning, as far as that is known. (If the text begins with it and nothing
+        was returned, all behind it may as well be new.)"""
+        if how not in ("all", "new") or self.num_sinks == 0 or not stream.knows_ids or how == "new" and stream.returned is None:
             return False
         for row, text, last in zip(stream.rows, texts, stream.returned or [None] * len(texts)):
             seen = row.text.length
             known = text[: seen if seen <= self.window_length else self.num_sinks]
-            if pad in text[seen + (last == pad) :] or all(token == pad for token in known):
+            if pad in text[seen + (last == pad) :] or all(token == pad for token in known) or text[0] == pad and last is None:
                 return False
         return True
 
