@@ -437,6 +437,17 @@ def test_the_results_of_real_models_are_those_that_were_measured(title, name):
                 assert float(cell) == pytest.approx(nats_of(found, label), abs=0.006), (shown, label)
 
 
+def test_all_windows_of_real_models_are_those_that_were_measured():
+    head, table = table_after("window, dtype")
+    for shown, *cells, mebibytes in table:
+        length, dtype = shown.replace(",", "").split()
+        rows = measured("smollm2.csv" if dtype == "float32" else f"smollm2_{dtype}.csv")
+        for num_sinks, cell in filter(all, zip(head[1:-1], cells, strict=True)):
+            found = rows[f"{evaluate.Method('sinks', int(length), int(num_sinks.split()[0]))}, {dtype}, from 0"]
+            assert float(cell) == pytest.approx(nats_of(found, "4-20"), abs=0.006), (shown, num_sinks)
+            assert int(found[-1]["bytes_held"]) / 2**20 == pytest.approx(int(mebibytes), abs=0.6)
+
+
 def test_the_stream_and_the_quantized_windows_are_those_that_were_measured():
     head, (nats, times, memory) = table_after("tokens, in thousands")
     (stream,) = measured("stream_smollm2.csv").values()
