@@ -445,7 +445,7 @@ def test_all_windows_of_real_models_are_those_that_were_measured():
         for num_sinks, cell in filter(all, zip(head[1:-1], cells, strict=True)):
             found = rows[f"{evaluate.Method('sinks', int(length), int(num_sinks.split()[0]))}, {dtype}, from 0"]
             assert float(cell) == pytest.approx(nats_of(found, "4-20"), abs=0.006), (shown, num_sinks)
-            assert int(found[-1]["bytes_held"]) / 2**20 == pytest.approx(int(mebibytes), abs=0.6)
+            assert int(found[-1]["bytes_held"]) / 2**20 == pytest.approx(int(mebibytes), abs=0.7)  # with and without sinks
 
 
 def test_the_stream_and_the_quantized_windows_are_those_that_were_measured():
