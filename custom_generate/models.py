@@ -96,12 +96,14 @@ def inverse_frequencies(model: torch.nn.Module, config) -> list[torch.Tensor]:
 
 
 def copied_frequencies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    # With duplicates: some models register one tensor under two names, the frequencies in use and the original ones.
+    named = model.named_buffers(remove_duplicate=False)
+    return {name: buffer.clone() for name, buffer in named if name.endswith("inv_freq")}
 
 
 def put_back_frequencies(model: torch.nn.Module, frequencies: dict[str, torch.Tensor]) -> str | None:
     """Some models change their frequencies while they run, for good. The name of a buffer that was changed, if there is one."""
-    now, changed = dict(model.named_buffers()), None
+    now, changed = copied_frequencies(model), None
     for name, frequency in frequencies.items():
         if not torch.equal(now[name], frequency):
             module, _, changed = name.rpartition(".")

@@ -43,6 +43,12 @@ def own_cache(config) -> DynamicCache:
     return DynamicCache(config=config)
 
 
+def named(model, cache: DynamicCache) -> dict:
+    """The cache under the name by which the model takes it: `cache` in models of 5.24; code from the Hub keeps the older name."""
+    accepted = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in accepted and "past_key_values" not in accepted else "past_key_values": cache}
+
+
 def new_cache(model, windows: list[int | None]) -> DynamicCache:
     """The model's own, with full attention in place of native windows that are longer than the window."""
     cache = DynamicCache()
@@ -118,7 +124,7 @@ def oracle_logits(
 
     def run(ids: torch.Tensor, first_positions: torch.Tensor, cache: DynamicCache, mask=None) -> torch.Tensor:
         positions = {"position_ids": first_positions[:, None] + torch.arange(ids.shape[1])} if has_positions else {}
-        return model(ids, past_key_values=cache, use_cache=True, attention_mask=mask, **positions).logits
+        return model(ids, **named(model, cache), use_cache=True, attention_mask=mask, **positions).logits
 
     def last(states: list, num: int) -> list:
         return states[-num:] if num else []
@@ -254,7 +260,7 @@ class GrowingOracle:
         positions = first_positions[:, None] + torch.arange(len(tokens))
         positions = {"position_ids": positions} if self.has_positions else {}
         ids = torch.tensor([tokens]).expand(len(first_positions), -1)
-        return self.model(ids, past_key_values=cache, use_cache=True, attention_mask=mask, **positions).logits
+        return self.model(ids, **named(self.model, cache), use_cache=True, attention_mask=mask, **positions).logits
 
 
 _oracles: dict[tuple, GrowingOracle] = {}  # each keeps its model

@@ -137,6 +137,20 @@ def test_a_model_that_changes_its_frequencies_is_refused_and_left_as_it_was():
     SinkCache.from_model(model, 8, 2)  # positions stay below
 
 
+class PuttingBack(BackwardsForCausalLM):
+    """The frequencies in use and the original ones become one tensor, as in the longrope of transformers 5.0."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        self.register_buffer("inv_freq", self.original_inv_freq, persistent=False)
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+
+
+def test_a_model_that_puts_back_its_frequencies_is_served():
+    model = build(PuttingBack)
+    model.register_buffer("original_inv_freq", model.inv_freq.clone(), persistent=False)
+    assert SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS).traits is not None
+
+
 def test_frequencies_that_are_found_nowhere_are_named():
     model = build()
     model.frequencies = model.inv_freq
@@ -144,3 +158,17 @@ def test_frequencies_that_are_found_nowhere_are_named():
     del model.inv_freq
     with pytest.raises(ValueError, match="a buffer whose name ends in inv_freq"):
         SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+
+
+class TakesCache(BackwardsForCausalLM):
+    """Named as in transformers 5.24, with room for any other name: a cache under the older name would go unseen."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, **kwargs):
+        return super().forward(input_ids, attention_mask, position_ids, cache)
+
+
+def test_a_model_that_takes_its_cache_under_the_newer_name():
+    model, input_ids = build(TakesCache), random_ids(40)
+    expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    assert_same(feed(model, SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS), input_ids, [30] + [1] * 10), expected)
+    assert_same(expected, oracle_logits(build(), input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS))
