@@ -175,7 +175,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path, tiny_model, token
     terminal.wait_for("/help lists the commands.*\n.*> ")
     for question in ("import os", "class Reader:", "def main():"):
         terminal.type(question + "\n")
-        answer = terminal.wait_for(r"\n(.*\n){5}")
+        answer = terminal.wait_for(r"\n(.*\n){10}")
         terminal.type("\x03")
         answer += terminal.wait_for(r"\[[\d,]+ tokens seen \| \d+ held in .*\]\n")
         terminal.wait_for("> ")
