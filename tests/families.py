@@ -156,7 +156,7 @@ EAGER_ONLY = {"gemma2", "gemma2-long-window", "gpt-j", "gpt-oss", "bloom", "mpt"
 ROTATIONS_ONLY = {"llama-linear", "llama-yarn", "llama-llama3", "mistral", "qwen2", "phi3", "gpt-neox", "cohere", "glm4", "stablelm"}
 ROTATIONS_ONLY |= {"olmo2", "smollm3", "nanochat"}
 # Refused before that release of transformers: (release, reason).
-REFUSED_BEFORE = {"glm-moe-dsa": ("5.11", "keys of their own outside of the cache")}
+REFUSED_BEFORE = {"glm-moe-dsa": ("5.11", "keys outside of the cache")}
 # Scores depend on the order of keys: a pass of several tokens can't go past the window.
 ORDERED = {"falcon-alibi", "bloom", "mpt"}
 
