@@ -86,13 +86,9 @@ def position_ids(current: Pass, device: torch.device) -> torch.Tensor:
     """Token numbers less the base of the row, `[batch * parts, part_length]`. Padding stands at 0."""
     stop = [after - start for after, start in zip(current.num_after, current.base)]
     if len(stop) == current.num_columns == 1:
-        return torch.full((current.batch_size, 1), stop[0] - 1, device=device)
-    if len(stop) == 1:
-        positions = torch.arange(stop[0] - current.num_columns, stop[0], device=device)[None]
-    else:
-        positions = torch.arange(-current.num_columns, 0, device=device) + torch.tensor(stop, device=device)[:, None]
-        positions = positions.clamp(min=0)
-    positions = positions.expand(current.batch_size, -1).reshape(-1, current.part_length)
+        return torch.full((current.batch_size, 1), max(stop[0] - 1, 0), device=device)
+    positions = torch.arange(-current.num_columns, 0, device=device) + torch.tensor(stop, device=device)[:, None]
+    positions = positions.clamp(min=0).expand(current.batch_size, -1).reshape(-1, current.part_length)
     return positions.contiguous()  # a graph is made for one memory layout
 
 

@@ -79,7 +79,8 @@ class Plan:
         self.writes_sinks = min(num_seen) < window.num_sinks
         self.can_be_undone = self.hands_out_slots or num_columns <= window.num_recent
         self.order = self._order() if current.is_ordered else None
-        self.is_causal = self.hands_out_slots and (self.is_uniform or num_columns == 1 and min(num_after) >= self.num_held)
+        is_full = self.is_uniform and current.num_new[0] == num_columns  # no row has padding
+        self.is_causal = self.hands_out_slots and (is_full or num_columns == 1 and min(num_after) >= self.num_held)
         if self.hands_out_slots:
             self.kv_length = self.num_held
             self.shifts = [window.shift(seen - start) for seen, start in zip(num_seen, current.base)]
@@ -91,7 +92,7 @@ class Plan:
             self.shifts = window.shift(self.tokens - torch.tensor(current.base, device=device)[:, None])
         if self.num_parts > 1:  # the slots of the recent tokens before the pass, oldest first: `[rows, num_recent]`
             self.recent_slots = window.slot(self._num_seen + torch.arange(-window.num_recent, 0, device=device))
-        if self.hands_out_slots and self.is_uniform:
+        if self.hands_out_slots and is_full:
             start = window.slot(num_seen[0])  # the slots never go past the end: it is one token, or the window is filling
             self.rows, self.slots, self.columns = slice(None), slice(start, start + num_columns), slice(None)
         else:
