@@ -115,7 +115,13 @@ def check_parts(num_columns: int, num_new: list[int], num_parts, takes_parts: bo
 
 
 def check_pass(current: Pass, traits: ModelTraits, window_length: int, evicts: bool) -> None:
-    """Refuse a pass of several tokens that goes past what the model can do in one pass."""
+    """Refuse a pass that goes past what the model can do in one pass."""
+    num_padding = current.num_columns - max(current.num_new)
+    if traits.is_ordered and num_padding > 0:
+        raise ValueError(
+            f"All rows begin with {num_padding} columns of padding, which this model would count: its scores depend on the order "
+            "of the keys. Leave these columns out."
+        )
     if evicts and traits.is_ordered:
         raise ValueError(
             f"{current.num_columns} tokens at once go past the window of {window_length}, and the scores of this model depend on "
