@@ -55,7 +55,13 @@ def check_same(model: torch.nn.Module, bound: torch.nn.Module | None, dtype: tor
         )
 
 
-def check_tokens(tokens, num_dims: int, attention_mask, num_seen: int) -> list[int]:
+def check_tensors(**values) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a Tensor, got {value!r:.50} ({type(value).__name__}).")
+
+
+def check_tokens(tokens, num_dims: int, attention_mask, cache) -> list[int]:
     """Refuse what is no batch of tokens with its mask. Returns the number of tokens of each row, or a single one for all."""
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != num_dims or 0 in tokens.shape[:2]:
         shape = f"shape {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else f"{tokens!r:.50}"
@@ -68,14 +74,12 @@ def check_tokens(tokens, num_dims: int, attention_mask, num_seen: int) -> list[i
         raise ValueError(f"input_ids must be whole numbers, got {tokens.dtype}. Embeddings are passed as inputs_embeds.")
     if attention_mask is None:
         return [num_columns]
-    if not isinstance(attention_mask, torch.Tensor):
-        raise ValueError(f"attention_mask must be a Tensor, got {attention_mask!r:.50} ({type(attention_mask).__name__}).")
-    num_masked = attention_mask.shape[-1]
-    is_too_long = num_masked > num_columns and num_seen == 0
-    if attention_mask.ndim != 2 or len(attention_mask) != batch_size or num_masked < num_columns or is_too_long:
-        others = ", or more columns for tokens that the cache has seen" if num_seen > 0 else ""
-        shape = f"attention_mask has shape {tuple(attention_mask.shape)}"
-        raise ValueError(f"{shape}, and must have {(batch_size, num_columns)}{others}.")
+    check_tensors(attention_mask=attention_mask)
+    shape, has_seen = tuple(attention_mask.shape), cache.num_tokens_seen > 0
+    may_be_longer = has_seen and len(shape) == 2 and shape[0] == batch_size and shape[1] > num_columns
+    if shape != (batch_size, num_columns) and not may_be_longer:
+        others = ", or more columns for tokens that the cache has seen" if has_seen else ""
+        raise ValueError(f"attention_mask has shape {shape}, and must have {(batch_size, num_columns)}{others}.")
     return count_tokens(attention_mask[:, -num_columns:])
 
 
@@ -85,8 +89,6 @@ def count_tokens(attention_mask: torch.Tensor) -> list[int]:
     Raises:
         ValueError: it is no such mask.
     """
-    if attention_mask.ndim != 2:
-        raise ValueError(f"attention_mask must be [batch, length], got shape {tuple(attention_mask.shape)}.")
     is_token = attention_mask.bool()
     is_neither = attention_mask != is_token
     if bool(is_neither.any()):
@@ -188,14 +190,19 @@ def in_use() -> ValueError:
     )
 
 
-def check_shape(keys: torch.Tensor, slots: torch.Tensor) -> None:
-    """Refuse the keys of a model for which the cache was not made."""
-    (_, num_heads, _, head_dim), (_, num_here, _, dim_here) = keys.shape, slots.shape
-    if (num_heads, head_dim) != (num_here, dim_here):
-        raise ValueError(
-            f"This cache was made for keys of {num_here} heads of {dim_here} dimensions, and the model brings {num_heads} heads "
-            f"of {head_dim}: it is another model. Make a new one with SinkCache.from_model(model, ...)."
-        )
+def wrong_model(shape: torch.Size, made_for: torch.Size) -> ValueError:
+    """For keys `[rows, heads, columns, head_dim]` that do not fit to the slots of a cache."""
+    return ValueError(
+        f"This cache was made for keys of {made_for[1]} heads of {made_for[3]} dimensions, and the model brings {shape[1]} heads "
+        f"of {shape[3]}: it is another model. Make a new one with SinkCache.from_model(model, ...)."
+    )
+
+
+def wrong_pass(prepared: Pass, num_rows: int, num_columns: int) -> ValueError:
+    return ValueError(
+        f"The pass was prepared for {prepared.batch_size * prepared.num_parts} rows of {prepared.part_length} tokens, and the "
+        f"model brings {num_rows} rows of {num_columns}. Call the model with exactly what `prepare` returns."
+    )
 
 
 def wrong_rows(num_rows: int, num_passed: int) -> ValueError:

@@ -35,10 +35,11 @@ from .doors import (
     check_parts,
     check_pass,
     check_same,
-    check_shape,
     check_tokens,
     check_unprepared,
     in_use,
+    wrong_model,
+    wrong_pass,
     wrong_rows,
 )
 from .drafting import DraftFeed, check_drafting, drafting_model
@@ -189,7 +190,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             ValueError: what is passed does not fit to the cache or can't be processed exactly. The cache is as before.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        num_new = check_tokens(tokens, 2 if inputs_embeds is None else 3, attention_mask, self.num_tokens_seen)
+        num_new = check_tokens(tokens, 2 if inputs_embeds is None else 3, attention_mask, self)
         self.require_model()
         if num_parts != 1:
             check_parts(tokens.shape[1], num_new, num_parts, self.takes_parts)
@@ -220,16 +221,14 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     def _enter(self, key_states: torch.Tensor) -> None:
         """The first layer is reached: by the pass that was prepared, or by a pass that the model begins by itself."""
         stream, (num_rows, _, num_columns, _) = self.stream, key_states.shape
-        check_shape(key_states, self.layers[stream.first_layer].keys)
+        if key_states.shape[1::2] != stream.rings[0].slots.shape[1::2]:
+            raise wrong_model(key_states.shape, stream.rings[0].slots.shape)
         if stream.current is None or stream.has_begun:
             check_unprepared(self.traits, stream, num_columns, num_rows)
             self._begin(num_rows, num_columns, [num_columns], is_prepared=False)
-        prepared = stream.current.batch_size * stream.current.num_parts, stream.current.part_length
-        if (num_rows, num_columns) != prepared:
-            raise ValueError(
-                f"The pass was prepared for {prepared[0]} rows of {prepared[1]} tokens, and the model brings {num_rows} rows of "
-                f"{num_columns}. Call the model with exactly what `prepare` returns."
-            )
+        current = stream.current
+        if (num_rows, num_columns) != (current.batch_size * current.num_parts, current.num_columns // current.num_parts):
+            raise wrong_pass(current, num_rows, num_columns)
         stream.has_begun = True
 
     @torch.inference_mode(False)  # what is made here may be changed in any mode

@@ -5,9 +5,10 @@ import functools
 import torch
 from transformers import LogitsProcessor
 
+from .doors import check_tensors
 from .feed import Feed
 from .options import NEGATIVE_PROMPT, Call
-from .prompt import Prompt, check_tensors, unseen_part
+from .prompt import Prompt, unseen_part
 from .releases import input_device
 
 

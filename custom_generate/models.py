@@ -82,11 +82,16 @@ class ModelTraits:
         return self.is_chunked or any(layer is not None and layer.native_window is not None for layer in self.layers)
 
 
+def frequency_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Where the model holds rotary frequencies, by name. One tensor may stand under two names: in use, and as the original."""
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name.endswith("inv_freq")}
+
+
 def inverse_frequencies(model: torch.nn.Module, config) -> list[torch.Tensor]:
     """The tables of rotary frequencies that the model holds, each once, float32 on the CPU."""
     tables: list[torch.Tensor] = []
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and "original" not in name:
+    for name, buffer in frequency_buffers(model).items():
+        if "original" not in name:
             for table in buffer.float().cpu().reshape(-1, buffer.shape[-1] if buffer.ndim else 1):
                 if not any(torch.equal(table, other) for other in tables):
                     tables.append(table)
@@ -95,15 +100,9 @@ def inverse_frequencies(model: torch.nn.Module, config) -> list[torch.Tensor]:
     return tables
 
 
-def copied_frequencies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    # With duplicates: some models register one tensor under two names, the frequencies in use and the original ones.
-    named = model.named_buffers(remove_duplicate=False)
-    return {name: buffer.clone() for name, buffer in named if name.endswith("inv_freq")}
-
-
 def put_back_frequencies(model: torch.nn.Module, frequencies: dict[str, torch.Tensor]) -> str | None:
-    """Some models change their frequencies while they run, for good. The name of a buffer that was changed, if there is one."""
-    now, changed = copied_frequencies(model), None
+    """Undo what a model has changed in `frequency_buffers`, of which copies are passed. Returns the name of a changed buffer."""
+    now, changed = frequency_buffers(model), None
     for name, frequency in frequencies.items():
         if not torch.equal(now[name], frequency):
             module, _, changed = name.rpartition(".")
@@ -128,7 +127,7 @@ def find_max_positions(model: torch.nn.Module, config) -> int | None:
         limits += originals
     if getattr(config, "attn_temperature_tuning", False):  # Llama 4, likewise
         limits.append(config.floor_scale - 1)
-    if not any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
+    if not frequency_buffers(model):
         limits.append(getattr(config, "max_position_embeddings", None))  # tables of that length
     return min((limit for limit in limits if limit is not None), default=None)
 

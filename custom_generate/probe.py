@@ -18,8 +18,8 @@ from .models import (
     ModelTraits,
     check_is_decoder,
     check_mode,
-    copied_frequencies,
     find_max_positions,
+    frequency_buffers,
     inverse_frequencies,
     limits_time_steps,
     put_back_frequencies,
@@ -179,7 +179,7 @@ class Probe:
             # Without a mask, models with indexers take the position of a query for its slot, before 5.17.
             shape = 1, 1, NUM_COMPARED, NUM_COMPARED
             mask = torch.full(shape, torch.finfo(self.dtype).min, dtype=self.dtype).triu(1) if takes_one_mask else None
-            frequencies = copied_frequencies(model)
+            frequencies = {name: buffer.clone() for name, buffer in frequency_buffers(model).items()}
             self.logits = self._ask(self.cache, slice(0, NUM_COMPARED), mask)
         if (changed := put_back_frequencies(model, frequencies)) is not None:
             raise self._refusal(f"it changes its frequencies ({changed}) at long texts. Try float32, or a shorter window", SHIFT)

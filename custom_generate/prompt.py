@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers.utils import logging
 
-from .doors import count_tokens
+from .doors import check_tensors, count_tokens
 from .options import TOKEN_TYPES, Call, refusal
 from .releases import input_device
 
@@ -79,12 +79,6 @@ def whole_prompt(call: Call, cache) -> Prompt:
     elif ids is None and call.option("bos_token_id") is not None:
         ids = arguments["input_ids"] = torch.full((1, 1), call.option("bos_token_id"), dtype=torch.long, device=device)
     return Prompt(ids, mask) if mask is not None else _with_inferred_mask(ids, call)
-
-
-def check_tensors(**values) -> None:
-    for name, value in values.items():
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name} must be a Tensor, got {value!r:.50} ({type(value).__name__}).")
 
 
 def _with_inferred_mask(ids: torch.Tensor | None, call: Call) -> Prompt:

@@ -22,8 +22,11 @@ FOLDERS_OF_TESTS = {str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests"), ""}
 context = multiprocessing.get_context("forkserver" if HAS_FORK else "spawn")
 
 
-def run_script(script: str | Path, *arguments, cwd: Path, input: str = "", timeout: float = 600) -> subprocess.CompletedProcess:
-    """As `subprocess.run([sys.executable, script, *arguments], cwd=cwd, input=input, capture_output=True, text=True)`, offline."""
+def run_script(
+    script: str | Path, *arguments, cwd: Path, input: str = "", timeout: float = 600, check: bool = True
+) -> subprocess.CompletedProcess:
+    """As `subprocess.run([sys.executable, script, *arguments], cwd=cwd, input=input, capture_output=True, text=True)`, offline. With
+    `check`, it has to succeed."""
     before = os.environ.copy()
     os.environ.update(ENVIRONMENT)  # huggingface_hub reads some of it when it is imported
     try:
@@ -41,6 +44,7 @@ def run_script(script: str | Path, *arguments, cwd: Path, input: str = "", timeo
                 process.kill()
                 raise subprocess.TimeoutExpired(arguments, timeout)
             out, err = (path.read_text(encoding="utf-8", errors="replace") for path in streams[1:])
+            assert process.exitcode == 0 or not check, err[-3000:]
             return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
     finally:
         os.environ.clear()

@@ -414,6 +414,7 @@ def test_what_a_first_user_passed(untouched):
         ({"input_ids": torch.ones(1, 4)}, "input_ids must be whole numbers, got torch.float32"),
         ({"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.full((1, 4), 2)}, "1 for a token and 0 for padding, got 2"),
         ({"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 6)}, r"has shape \(1, 6\), and must have \(1, 4\)\."),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.tensor(1)}, r"has shape \(\), and must have \(1, 4\)\."),
     ],
 )
 def test_what_prepare_took_without_a_word(untouched, inputs, message):

@@ -74,7 +74,6 @@ WAYS = {
 
 def run(code: str, cwd: Path) -> str:
     done = run_code(textwrap.dedent(COMMON) + textwrap.dedent(code), cwd=cwd, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
 
 

@@ -24,6 +24,7 @@ import yaml
 from packaging.version import Version
 
 import evaluate
+import processes
 from custom_generate.feed import DEFAULT_PREFILL_CHUNK_SIZES
 from custom_generate.generate import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, generate
 from custom_generate.options import UNSUPPORTED_OPTIONS
@@ -39,7 +40,7 @@ MODEL_ID = "Qwen/Qwen3-0.6B"
 REPO_ID = re.search(r'custom_generate="([\w.-]+/[\w.-]+)"', TEXTS[README])[1]
 # What is published and what the commands need.
 COPIED = ("custom_generate", "docs", "figures", "results", "scripts", "tests")
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | processes.ENVIRONMENT
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -131,7 +132,6 @@ def on_the_tiny_model(code: str, repo: Path) -> str:
 def test_every_example_runs(page, copy_of_repository):
     examples = [(line, on_the_tiny_model(code, copy_of_repository)) for line, code in blocks(page, "python")]
     done = run_code(RUN_BLOCKS, cwd=copy_of_repository, input=json.dumps([str(page), examples]))
-    assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.strip().splitlines()[-1]) == len(examples)
 
 
@@ -152,8 +152,7 @@ expected = tokenizer.apply_chat_template(messages, tokenize=False)
 assert expected == conversation + tokenizer.eos_token, conversation
 assert cache.get_seq_length() >= text.shape[1] - 1
 """
-    done = run_code(on_the_tiny_model(first + code, copy_of_repository), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_code(on_the_tiny_model(first + code, copy_of_repository), cwd=tmp_path)
 
 
 @functools.cache
@@ -171,7 +170,6 @@ def test_every_command_runs(command, copy_of_repository):
     if script in SMALL and ANOTHER_MODEL.isdisjoint(options):
         options += shlex.split(SMALL[script])
         done = run_script(script, *options, cwd=copy_of_repository, input="import os\n/stats\n")
-        assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads(done.stdout.strip().splitlines()[-1])
     else:
         assert all(option in help_of(script) for option in options if option.startswith("--"))
