@@ -4,8 +4,8 @@ import inspect
 
 import torch
 
+from .models import FULL_MASKS, PADDING_MASKS, SLIDING_MASKS, ModelTraits, mask_dtype
 from .plan import Pass
-from .probe import FULL_MASKS, PADDING_MASKS, SLIDING_MASKS, ModelTraits
 from .releases import MODELS_ASK_FOR_QUERY_OFFSET, cache_name
 from .stream import Stream
 
@@ -53,10 +53,11 @@ class ModelInputs:
             is_causal = is_causal and (not layers or layers[0].plan.is_causal)
         if is_causal and self._model_makes_this_mask(current):
             return None
-        num_rows = current.batch_size * current.num_parts
+        num_rows, takes_numbers = current.batch_size * current.num_parts, self.traits.has_old_masks or self.traits.is_indexed
         masks = {}
         for name, layer in self.masked_layers.items():
-            masks[name] = layer.plan.mask(self._mask_dtype(layer)).to(device).expand(num_rows, -1, -1, -1)
+            dtype = mask_dtype(self.config, takes_numbers, layer.rings[0].slots.dtype)
+            masks[name] = layer.plan.mask(dtype).to(device).expand(num_rows, -1, -1, -1)
         if self.traits.is_recurrent:
             # Models with recurrent layers look for their masks under different names: give each mask under all of them.
             full = next((masks[name] for name in (None, *FULL_MASKS) if name in masks), None)
@@ -64,13 +65,6 @@ class ModelInputs:
             masks |= dict.fromkeys(FULL_MASKS, full) | dict.fromkeys(SLIDING_MASKS, sliding)
             return masks | dict.fromkeys(PADDING_MASKS, padding)
         return masks if self.traits.layer_types else masks[None]
-
-    def _mask_dtype(self, layer) -> torch.dtype:
-        """Bool where a mask says what is visible; else it is added to the scores (always in old models and, before 5.17,
-        indexers)."""
-        takes_numbers = self.traits.has_old_masks or self.traits.is_indexed
-        is_bool = self.config._attn_implementation == "sdpa" and not takes_numbers
-        return torch.bool if is_bool else layer.rings[0].slots.dtype
 
     def _model_makes_this_mask(self, current: Pass) -> bool:
         """Whether the mask that the model makes by itself is right, where each token sees all that is handed out before it."""

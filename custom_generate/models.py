@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import logging
 
 from .releases import input_device, is_autocast_enabled
 from .rotation import Rotation
@@ -136,6 +137,28 @@ def limits_time_steps(model: torch.nn.Module) -> bool:
     """Whether layers of the Mamba 2 kind limit their time steps, which transformers does in passes of several tokens only."""
     limits = [getattr(module, "time_step_limit", None) for module in model.modules()]
     return any(limit is not None and tuple(limit) != (0.0, float("inf")) for limit in limits)
+
+
+def mask_dtype(config, takes_numbers: bool, dtype: torch.dtype) -> torch.dtype:
+    """Bool where a mask says what is visible; else the mask is added to the scores."""
+    return torch.bool if config._attn_implementation == "sdpa" and not takes_numbers else dtype
+
+
+def warn_of(model: torch.nn.Module, window_length: int, traits: ModelTraits, known: dict) -> None:
+    """Say once for each model what its user should know. `known`: the traits found before."""
+    name = type(model).__name__
+    trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or window_length
+    if window_length > trained and all(length <= trained for length, *_ in known):
+        logging.get_logger(__name__).warning(
+            f"window_length={window_length} is longer than the {trained} positions that {name} was trained with "
+            "(max_position_embeddings). What it writes once it sees more tokens than that may be nonsense."
+        )
+    if not traits.splits_exactly and not known:
+        logging.get_logger(__name__).warning(
+            f"{name} computes a pass of several tokens in another way than passes of single ones (transformers limits the time "
+            "steps of its recurrent layers in the former only), so its logits depend on how a text is fed. SinkCache feeds it as "
+            "transformers' own generate does: the prompt together, new tokens one by one."
+        )
 
 
 def check_is_decoder(model: torch.nn.Module) -> None:

@@ -7,7 +7,6 @@ import weakref
 
 import torch
 from transformers import DynamicCache
-from transformers.utils import logging
 
 from .models import (
     FULL_MASKS,
@@ -22,8 +21,11 @@ from .models import (
     frequency_buffers,
     inverse_frequencies,
     limits_time_steps,
+    mask_dtype,
     put_back_frequencies,
+    warn_of,
 )
+from .plan import as_mask
 from .releases import (
     FULL_ATTENTION,
     OUT_OF_MEMORY,
@@ -41,8 +43,6 @@ from .releases import (
 )
 from .rotation import Rotation, candidate_rotations
 from .views import view_of
-
-logger = logging.get_logger(__name__)
 
 # How far keys may be from a rotation that explains them, relative to the length of a pair: in the first layer, and behind it,
 # where in 16 bits the rounding of scores comes on top of that of cosines, sines and products.
@@ -81,7 +81,7 @@ _known_traits: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.Weak
 
 
 def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
-    """Finds out what the cache has to know of a model, the first time by one forward pass over 234 tokens.
+    """Finds out what the cache has to know of a model, the first time by forward passes over 390 tokens.
 
     Raises:
         ValueError: the rules can't be kept for this model. The message says what stands in the way.
@@ -91,26 +91,9 @@ def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
     key = window_length, model.dtype, model.device
     if key not in known:
         traits = _find_model_traits(uncompiled_copy(view_of(model)), window_length)
-        _warn(model, window_length, traits, known)
+        warn_of(model, window_length, traits, known)
         known[key] = traits
     return known[key]
-
-
-def _warn(model: torch.nn.Module, window_length: int, traits: ModelTraits, known: dict) -> None:
-    """Say once for each model what its user should know. `known`: the traits found before."""
-    name = type(model).__name__
-    trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or window_length
-    if window_length > trained and all(length <= trained for length, *_ in known):
-        logger.warning(
-            f"window_length={window_length} is longer than the {trained} positions that {name} was trained with "
-            "(max_position_embeddings). What it writes once it sees more tokens than that may be nonsense."
-        )
-    if not traits.splits_exactly and not known:
-        logger.warning(
-            f"{name} computes a pass of several tokens in another way than passes of single ones (transformers limits the time "
-            "steps of its recurrent layers in the former only), so its logits depend on how a text is fed. SinkCache feeds it as "
-            "transformers' own generate does: the prompt together, new tokens one by one."
-        )
 
 
 @torch.no_grad()
@@ -121,14 +104,15 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     probe.check_that_logits_depend_on_distances_only()
     has_rotation = any(not rotation.is_identity for layer in layers if layer for rotation in layer.rotations)
     noted_layers, splits_exactly = probe.check_that_texts_can_be_split() if probe.is_recurrent else (frozenset(), True)
-    if probe.is_recurrent and not has_rotation:
-        probe.check_that_order_does_not_count()
+    is_ordered = not has_rotation and not probe.is_recurrent
+    if not is_ordered:
+        probe.check_that_the_mask_alone_says_what_is_seen()
     probe.check_lengths(has_rotation)
     return ModelTraits(
         layers=layers,
         rebase_at=probe.rebase_at,
         max_positions=probe.max_positions,
-        is_ordered=not has_rotation and not probe.is_recurrent,
+        is_ordered=is_ordered,
         recurrent_states=probe.recurrent_states(),
         noted_layers=noted_layers,
         splits_exactly=splits_exactly,
@@ -177,8 +161,8 @@ class Probe:
             self.texts = self._texts()
             self.cache = DynamicCache(config=self.config) if needs_own else DynamicCache()
             # Without a mask, models with indexers take the position of a query for its slot, before 5.17.
-            shape = 1, 1, NUM_COMPARED, NUM_COMPARED
-            mask = torch.full(shape, torch.finfo(self.dtype).min, dtype=self.dtype).triu(1) if takes_one_mask else None
+            causal = torch.ones(1, 1, NUM_COMPARED, NUM_COMPARED, dtype=torch.bool).tril()
+            mask = self._masks(causal) if takes_one_mask else None
             frequencies = {name: buffer.clone() for name, buffer in frequency_buffers(model).items()}
             self.logits = self._ask(self.cache, slice(0, NUM_COMPARED), mask)
         if (changed := put_back_frequencies(model, frequencies)) is not None:
@@ -272,11 +256,8 @@ class Probe:
     def check_that_texts_can_be_split(self) -> tuple[frozenset[int], bool]:
         """Returns the recurrent layers that a pass can be seen to reach, and whether single tokens are computed as several."""
         cache = NotingCache(config=self.config)
-        try:
+        with self._looking("this release takes no masks for its recurrent and other layers: try a newer one", FEEDING):
             self._ask(cache, slice(0, 1), dict.fromkeys((*FULL_MASKS, *SLIDING_MASKS, *PADDING_MASKS)))
-        except Exception as error:
-            reason = "this release takes no masks for its recurrent and other layers: try a newer one"
-            raise self._refusal(reason, FEEDING) from error
         first, cache.layers_reached = cache.layers_reached, set()
         self._ask(cache, slice(1, 3))
         noted = frozenset(first & cache.layers_reached)
@@ -288,15 +269,29 @@ class Probe:
         # In so few tokens, rounding may hide that time steps are limited.
         return noted, not (self._differ(self._split_into(2, 1, 1, 1, 1, 2), whole) or limits_time_steps(self.model))
 
-    def check_that_order_does_not_count(self) -> None:
-        """One token more, on the keys as they are and in reverse."""
-        flipped = copy.deepcopy(self.cache)
-        for layer, native_window in zip(flipped.layers, self.native_windows):
-            if native_window != NO_KEYS:
-                layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
-        last = slice(NUM_COMPARED - 1, NUM_COMPARED)
-        if self._differ(self._ask(flipped, last), self._ask(self.cache, last)):
-            raise self._refusal("its scores depend on the order in which keys are cached", FEEDING)
+    def check_that_the_mask_alone_says_what_is_seen(self) -> None:
+        """One token more, on the keys as they are; and on keys in reverse, with those of another text among them, hidden."""
+        mixed, num_hidden = copy.deepcopy(self.cache), 0 if self.is_indexed else 1  # indexers have keys of their own, as many
+        for layer, native_window in zip(mixed.layers, self.native_windows):
+            for kind in ("keys", "values") if native_window != NO_KEYS else ():
+                states = getattr(layer, kind)
+                others = states[:, :, :num_hidden].roll(len(self.positions), dims=0)
+                setattr(layer, kind, torch.cat([states.flip(2), others], dim=2))
+        last, seen, logits = slice(NUM_COMPARED - 1, NUM_COMPARED), [True] * NUM_COMPARED, []
+        reason = "not the mask alone says which keys a token attends to: their order or their number counts, too"
+        for cache, visible in ((mixed, [*seen, *[False] * num_hidden, True]), (self.cache, [*seen, True])):
+            with self._looking(reason, FEEDING):
+                logits.append(self._ask(cache, last, self._masks(torch.tensor(visible)[None, None, None])))
+        if self._differ(*logits, NEGLIGIBLE):
+            raise self._refusal(reason, FEEDING)
+
+    def _masks(self, visible: torch.Tensor) -> dict | torch.Tensor:
+        """What all rows see, `[1, 1, columns, kv_length]`, as masks in the form that the model takes."""
+        mask = as_mask(visible.to(self.device), mask_dtype(self.config, self.has_old_masks or self.is_indexed, self.dtype))
+        mask = mask.expand(len(self.texts) * len(self.positions), -1, -1, -1)
+        if self.is_recurrent:
+            return dict.fromkeys((*FULL_MASKS, *SLIDING_MASKS), mask) | dict.fromkeys(PADDING_MASKS)
+        return dict.fromkeys(self.layer_types, mask) if self.takes_masks_by_type and self.layer_types else mask
 
     def check_lengths(self, has_rotation: bool) -> None:
         """Refuse a window that is longer than what the model computes alike."""
@@ -335,9 +330,10 @@ class Probe:
         """The standard deviation of the logits of each text at neighbouring large positions."""
         return rms(self.logits[:, -NUM_NEIGHBOURS:].std(1))
 
-    def _differ(self, logits: torch.Tensor, reference: torch.Tensor) -> bool:
+    def _differ(self, logits: torch.Tensor, reference: torch.Tensor, tolerance=SAME) -> bool:
         """Whether logits `[texts, positions, vocab]`, computed in two ways, differ by more than rounding."""
-        return median(rms((logits - reference).mean(1))) > max(SAME[self.dtype] * reference.std(), 5 * median(self._noise()))
+        tolerance = max(tolerance[self.dtype] * reference.std(), 5 * median(self._noise()))
+        return median(rms((logits - reference).mean(1))) > tolerance
 
     def _rotation(self, index: int, states: torch.Tensor, tables: list[torch.Tensor]) -> Rotation:
         """The rotation that explains the states `[texts * positions, heads, 3, head_dim]` of a layer."""
@@ -373,15 +369,14 @@ class Probe:
         raise self._refusal(f"layer {index} keeps another kind of state ({type(layer).__name__})", BOUNDED)
 
     @contextlib.contextmanager
-    def _looking(self):
-        """Whatever goes wrong in a first look at a model is a reason to refuse it; but not that memory is short."""
+    def _looking(self, reason: str = "a first look at how it caches keys failed", rule: str = BOUNDED):
+        """Whatever goes wrong when a model is asked is a reason to refuse it; but not that memory is short."""
         try:
             yield
         except Exception as error:  # torch says it of a CPU in a RuntimeError
             if isinstance(error, OUT_OF_MEMORY) or "can't allocate memory" in str(error):
                 raise
-            reason = f"a first look at how it caches keys failed ({type(error).__name__}: {error})"
-            raise self._refusal(reason, BOUNDED) from error
+            raise self._refusal(f"{reason} ({type(error).__name__}: {error})", rule) from error
 
     def _too_long(self, why: str) -> ValueError:
         return ValueError(f"window_length={self.window_length} is too long for {self.name}{why}")

