@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .doors import check_tensors, count_tokens
 from .options import TOKEN_TYPES, Call, refusal
+from .plan import last_columns
 from .releases import input_device
 
 SEE_EACH_OTHER = (
@@ -54,9 +55,8 @@ class Prompt:
     def last(self, num_tokens: list[int]) -> "Prompt":
         """The last tokens of each row."""
         num_columns = max(num_tokens)
-        column = torch.arange(num_columns, device=self.tokens.device)
-        mask = column >= num_columns - torch.tensor(num_tokens, device=self.tokens.device)[:, None]
-        return Prompt(self.tokens[:, -num_columns:], None if bool(mask.all()) else mask.long(), self.name)
+        mask = None if min(num_tokens) == num_columns else last_columns(num_tokens, num_columns, self.tokens.device).long()
+        return Prompt(self.tokens[:, -num_columns:], mask, self.name)
 
 
 def whole_prompt(call: Call, cache) -> Prompt:
