@@ -47,7 +47,7 @@ from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
 from .inputs import ModelInputs
 from .layers import SinkLayer  # noqa: F401
-from .models import check_is_decoder, check_mode
+from .models import check_mode
 from .offloaded import OffloadedStream
 from .options import Call
 from .plan import Pass
@@ -452,7 +452,6 @@ def generate(
             is as before.
     """
     model = view_of(unwrapped(model))
-    check_is_decoder(model)
     kwargs |= {"inputs": inputs, "generation_config": generation_config}
     kwargs |= {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     call = Call(model, kwargs)

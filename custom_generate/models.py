@@ -138,11 +138,6 @@ def limits_time_steps(model: torch.nn.Module) -> bool:
     return any(limit is not None and tuple(limit) != (0.0, float("inf")) for limit in limits)
 
 
-def check_is_decoder(model: torch.nn.Module) -> None:
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"SinkCache serves decoder-only models, and {type(model).__name__} is an encoder-decoder model.")
-
-
 def dropout_of(model: torch.nn.Module) -> str | None:
     """A dropout at work in a model in training mode, as `name=probability`; None if there is none."""
     for name, module in model.named_modules():

@@ -16,7 +16,6 @@ from .models import (
     SLIDING_MASKS,
     LayerTraits,
     ModelTraits,
-    check_is_decoder,
     check_mode,
     find_max_positions,
     frequency_buffers,
@@ -152,7 +151,6 @@ class Probe:
 
     def __init__(self, model: torch.nn.Module, window_length: int):
         self.model, self.name, self.window_length = model, type(model).__name__, window_length
-        check_is_decoder(model)
         self.device, self.dtype = input_device(model), model.dtype
         self.config = model.config.get_text_config(decoder=True)
         self.accepted = inspect.signature(model.forward).parameters
