@@ -1,12 +1,10 @@
-"""What is checked where something comes in: numbers, models, tokens and passes. Each error names the value, and says what to
-do."""
+"""What is checked where numbers, tokens and passes come in. Each error names the value, and says what to do."""
 
 import torch
 
 from .plan import Pass
 from .probe import MAX_EXACT_POSITION, ModelTraits
 from .releases import MODELS_ASK_FOR_QUERY_OFFSET
-from .window import Window
 
 
 def check_count(name: str, value) -> None:
@@ -27,34 +25,6 @@ def check_numbers(window_length, num_sink_tokens) -> None:
         )
 
 
-def check_model(model: torch.nn.Module, traits: ModelTraits, windows: dict[int, Window], is_static: bool) -> None:
-    """Refuse a model to which this kind of cache can't be bound. `windows`: of each layer with keys."""
-    if is_static and traits.is_ordered:
-        raise ValueError(
-            f"The static mode can't serve {type(model).__name__}, which depends on the order of the keys. Leave it out."
-        )
-    masks = {(traits.layer_types[index] if traits.layer_types else "", window) for index, window in windows.items()}
-    if not traits.is_ordered and len(masks) > len({name for name, _ in masks}):
-        raise ValueError(
-            f"SinkCache gives one mask to all layers of a type, and layers of {type(model).__name__} that share a mask have "
-            "windows of different lengths."
-        )
-
-
-def check_same(model: torch.nn.Module, bound: torch.nn.Module | None, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse another model than the model to which a cache is bound, or one that has changed since."""
-    if bound is not model:
-        raise ValueError(
-            f"This cache was made for another model, and its keys mean nothing to this {type(model).__name__}. Make a new one "
-            "with SinkCache.from_model(model, ...)."
-        )
-    if (dtype, device) != (model.dtype, model.device):
-        raise ValueError(
-            f"The model is now in {model.dtype} on {model.device}, and this cache was made for it in {dtype} on {device}. Make "
-            "a new one with SinkCache.from_model(model, ...)."
-        )
-
-
 def check_tensors(**values) -> None:
     for name, value in values.items():
         if value is not None and not isinstance(value, torch.Tensor):
@@ -72,6 +42,9 @@ def check_tokens(tokens, num_dims: int, attention_mask, cache) -> list[int]:
     batch_size, num_columns = tokens.shape[:2]
     if num_dims == 2 and (tokens.is_floating_point() or tokens.dtype == torch.bool):
         raise ValueError(f"input_ids must be whole numbers, got {tokens.dtype}. Embeddings are passed as inputs_embeds.")
+    num_held = -1 if cache.stream is None else cache.stream.batch_size
+    if num_held not in (-1, batch_size):
+        raise ValueError(f"This cache holds {num_held} rows, and {batch_size} are passed. Pass as many, or a new cache.")
     if attention_mask is None:
         return [num_columns]
     check_tensors(attention_mask=attention_mask)
@@ -190,20 +163,16 @@ def in_use() -> ValueError:
     )
 
 
-def wrong_model(shape: torch.Size, made_for: torch.Size) -> ValueError:
-    """For keys `[rows, heads, columns, head_dim]` that do not fit to the slots of a cache."""
-    return ValueError(
-        f"This cache was made for keys of {made_for[1]} heads of {made_for[3]} dimensions, and the model brings {shape[1]} heads "
-        f"of {shape[3]}: it is another model. Make a new one with SinkCache.from_model(model, ...)."
-    )
-
-
-def wrong_pass(prepared: Pass, num_rows: int, num_columns: int) -> ValueError:
-    return ValueError(
-        f"The pass was prepared for {prepared.batch_size * prepared.num_parts} rows of {prepared.part_length} tokens, and the "
-        f"model brings {num_rows} rows of {num_columns}. Call the model with exactly what `prepare` returns."
-    )
-
-
-def wrong_rows(num_rows: int, num_passed: int) -> ValueError:
-    return ValueError(f"This cache holds {num_rows} rows, and {num_passed} are passed. Pass as many, or a new cache.")
+def check_keys(shape: torch.Size, made_for: torch.Size, prepared: Pass | None) -> None:
+    """Refuse keys `[rows, heads, columns, head_dim]` that fit neither to the slots of a cache nor to the pass it has prepared."""
+    num_rows, num_heads, num_columns, head_dim = shape
+    if (num_heads, head_dim) != made_for[1::2]:
+        raise ValueError(
+            f"This cache was made for keys of {made_for[1]} heads of {made_for[3]} dimensions, and the model brings {num_heads} "
+            f"heads of {head_dim}: it is another model. Make a new one with SinkCache.from_model(model, ...)."
+        )
+    if prepared is not None and (num_rows, num_columns) != (prepared.batch_size * prepared.num_parts, prepared.part_length):
+        raise ValueError(
+            f"The pass was prepared for {prepared.batch_size * prepared.num_parts} rows of {prepared.part_length} tokens, and "
+            f"the model brings {num_rows} rows of {num_columns}. Call the model with exactly what `prepare` returns."
+        )

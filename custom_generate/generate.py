@@ -28,26 +28,13 @@ import torch
 from transformers import GenerationConfig
 
 # transformers up to 5.5 copies only the modules that THIS file imports: name all of them here.
-from .doors import (
-    check_crop,
-    check_model,
-    check_numbers,
-    check_parts,
-    check_pass,
-    check_same,
-    check_tokens,
-    check_unprepared,
-    in_use,
-    wrong_model,
-    wrong_pass,
-    wrong_rows,
-)
+from .doors import check_crop, check_keys, check_numbers, check_parts, check_pass, check_tokens, check_unprepared, in_use
 from .drafting import DraftFeed, check_drafting, drafting_model
 from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
 from .inputs import ModelInputs
 from .layers import SinkLayer  # noqa: F401
-from .models import check_mode
+from .models import check_mode, check_model, check_same
 from .offloaded import OffloadedStream
 from .options import Call
 from .plan import Pass
@@ -190,8 +177,9 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             ValueError: what is passed does not fit to the cache or can't be processed exactly. The cache is as before.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if self.stream is None:
+            self.require_model()
         num_new = check_tokens(tokens, 2 if inputs_embeds is None else 3, attention_mask, self)
-        self.require_model()
         if num_parts != 1:
             check_parts(tokens.shape[1], num_new, num_parts, self.takes_parts)
         if self.is_static:  # a graph is made for one memory layout, and the ids are read once more when the next pass begins
@@ -221,14 +209,11 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     def _enter(self, key_states: torch.Tensor) -> None:
         """The first layer is reached: by the pass that was prepared, or by a pass that the model begins by itself."""
         stream, (num_rows, _, num_columns, _) = self.stream, key_states.shape
-        if key_states.shape[1::2] != stream.rings[0].slots.shape[1::2]:
-            raise wrong_model(key_states.shape, stream.rings[0].slots.shape)
-        if stream.current is None or stream.has_begun:
-            check_unprepared(self.traits, stream, num_columns, num_rows)
+        prepared = None if stream.has_begun else stream.current
+        check_keys(key_states.shape, stream.rings[0].slots.shape, prepared)
+        if prepared is None:
+            check_unprepared(self.traits, stream, num_columns, max(num_rows, stream.batch_size))
             self._begin(num_rows, num_columns, [num_columns], is_prepared=False)
-        current = stream.current
-        if (num_rows, num_columns) != (current.batch_size * current.num_parts, current.num_columns // current.num_parts):
-            raise wrong_pass(current, num_rows, num_columns)
         stream.has_begun = True
 
     @torch.inference_mode(False)  # what is made here may be changed in any mode
@@ -239,8 +224,6 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         stream, traits, model = self.stream, self.traits, self.model()
         if model is not None and model.training:
             check_mode(model)
-        if stream.batch_size not in (-1, batch_size):
-            raise wrong_rows(stream.batch_size, batch_size)
         num_seen, base = stream.num_seen, stream.base
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))

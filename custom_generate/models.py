@@ -7,6 +7,7 @@ import torch
 
 from .releases import input_device, is_autocast_enabled
 from .rotation import Rotation
+from .window import Window
 
 # The names under which models with recurrent layers look for the masks of layers that see all, of layers with a native window,
 # and of layers that have to know only what is padding.
@@ -147,6 +148,30 @@ def dropout_of(model: torch.nn.Module) -> str | None:
             if isinstance(probability, float) and probability > 0:
                 return f"{name}.{option}={probability}"
     return None
+
+
+def check_model(model: torch.nn.Module, traits: ModelTraits, windows: dict[int, Window], is_static: bool) -> None:
+    """Refuse a model to which this kind of cache can't be bound. `windows`: of each layer with keys."""
+    name = type(model).__name__
+    if is_static and traits.is_ordered:
+        raise ValueError(f"The static mode can't serve {name}, which depends on the order of the keys. Leave it out.")
+    masks = {(traits.layer_types[index] if traits.layer_types else "", window) for index, window in windows.items()}
+    if not traits.is_ordered and len(masks) > len({name for name, _ in masks}):
+        raise ValueError(
+            f"SinkCache gives one mask to all layers of a type, and layers of {name} that share a mask have windows of different "
+            "lengths."
+        )
+
+
+def check_same(model: torch.nn.Module, bound: torch.nn.Module | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse another model than the model to which a cache is bound, or one that has changed since."""
+    change = None
+    if bound is not model:
+        change = f"This cache was made for another model, and its keys mean nothing to this {type(model).__name__}"
+    elif (dtype, device) != (model.dtype, model.device):
+        change = f"The model is now in {model.dtype} on {model.device}, and this cache was made for it in {dtype} on {device}"
+    if change is not None:
+        raise ValueError(f"{change}. Make a new one with SinkCache.from_model(model, ...).")
 
 
 def check_mode(model: torch.nn.Module) -> None:
