@@ -36,15 +36,18 @@ def check_tokens(tokens, num_dims: int, attention_mask, cache) -> list[int]:
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != num_dims or 0 in tokens.shape[:2]:
         shape = f"shape {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else f"{tokens!r:.50}"
         raise ValueError(
-            f"No tokens: pass input_ids [batch, num_columns], or inputs_embeds [batch, num_columns, hidden], with at least one "
-            f"column; got {shape}."
+            "No tokens: pass input_ids [batch, num_columns] (one text is input_ids[None]), or inputs_embeds [batch, num_columns, "
+            f"hidden], with at least one column; got {shape}."
         )
     batch_size, num_columns = tokens.shape[:2]
     if num_dims == 2 and (tokens.is_floating_point() or tokens.dtype == torch.bool):
         raise ValueError(f"input_ids must be whole numbers, got {tokens.dtype}. Embeddings are passed as inputs_embeds.")
     num_held = -1 if cache.stream is None else cache.stream.batch_size
     if num_held not in (-1, batch_size):
-        raise ValueError(f"This cache holds {num_held} rows, and {batch_size} are passed. Pass as many, or a new cache.")
+        raise ValueError(
+            f"This cache holds {num_held} rows, and {batch_size} are passed. Pass as many, a new cache, or one brought to that "
+            "size with batch_select_indices or batch_repeat_interleave."
+        )
     if attention_mask is None:
         return [num_columns]
     check_tensors(attention_mask=attention_mask)
