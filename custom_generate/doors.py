@@ -94,7 +94,8 @@ def check_parts(num_columns: int, num_new: list[int], num_parts, takes_parts: bo
 
 def check_pass(current: Pass, traits: ModelTraits, window_length: int, evicts: bool) -> None:
     """Refuse a pass that goes past what the model can do in one pass."""
-    num_padding = current.num_columns - max(current.num_new)
+    num_columns, limit = current.num_columns, traits.max_positions
+    num_padding = num_columns - max(current.num_new)
     if traits.is_ordered and num_padding > 0:
         raise ValueError(
             f"All rows begin with {num_padding} columns of padding, which this model would count: its scores depend on the order "
@@ -102,16 +103,13 @@ def check_pass(current: Pass, traits: ModelTraits, window_length: int, evicts: b
         )
     if evicts and traits.is_ordered:
         raise ValueError(
-            f"{current.num_columns} tokens at once go past the window of {window_length}, and the scores of this model depend on "
+            f"{num_columns} tokens at once go past the window of {window_length}, and the scores of this model depend on "
             "the order of the keys. Feed them one by one."
         )
-    limit = traits.max_positions
     if limit is not None:
         last = max(after - start for after, start in zip(current.num_after, current.base))
-        if max(current.num_columns, last) > limit:
-            raise ValueError(
-                f"{current.num_columns} tokens at once go past the {limit} positions of this model. Feed fewer at once."
-            )
+        if max(num_columns, last) > limit:
+            raise ValueError(f"{num_columns} tokens at once go past the {limit} positions of this model. Feed fewer at once.")
 
 
 def check_unprepared(traits: ModelTraits, stream, num_columns: int, num_rows: int = 1) -> None:

@@ -100,9 +100,7 @@ def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
     shortened, config = shallow_copy(model), copy.deepcopy(model.config)
     num_all = config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(num_layers, int) or isinstance(num_layers, bool) or not 1 <= num_layers < num_all:
-        raise ValueError(
-            f"assistant_early_exit must be one of the first {num_all - 1} of the {num_all} layers, got {num_layers!r}."
-        )
+        raise ValueError(f"assistant_early_exit must be one of the first {num_all - 1} of {num_all} layers, got {num_layers!r}.")
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]

@@ -334,8 +334,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     # Roll-back
 
     def activate_past_recording(self, is_active: bool = True) -> None:
-        """Keep what passes evict from now on, until `crop` says which of their tokens stand. False: no longer, and what was kept
-        stands."""
+        """Keep what passes evict from now on, until `crop` says which of their tokens stand. False: no longer; all of them do."""
         self.require_model()
         self.settle()
         self.num_padding_columns = 0
@@ -344,8 +343,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     def crop(self, num_tokens: int) -> None:
         """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if negative, else all but the first so
-        many (as before transformers 5.14, where `generate` counts all columns of its text). What was recorded until then is let
-        go.
+        many (as before transformers 5.14, where `generate` counts all columns of its text). What was recorded is let go.
 
         Raises:
             ValueError: the tokens that those ones evicted were not recorded, or there are not so many. The cache is as before.
@@ -425,14 +423,12 @@ def generate(
             `Quantization`; or "offloaded" to the memory of the host.
         past_key_values, or cache (as transformers says since 5.24): a `SinkCache` to continue, with either the whole history in
             `input_ids`, or its last `window_length` tokens, or only what the cache has not seen: that is
-            `sequences[:, cache.get_seq_length():]` and what comes after it. Without any prompt, the text goes on from the last
-            token that was returned.
+            `sequences[:, cache.get_seq_length():]` and what comes after it. Without a prompt, the last token goes on.
         guidance_scale: as in transformers, with a second cache of the same window for the second text. That one begins anew with
             each call, with `negative_prompt_ids`; to go on with it, pass the whole of it there.
 
     Raises:
-        ValueError: something passed can't be processed exactly. The message names it; the model has not been run, and the cache
-            is as before.
+        ValueError: what is passed can't be processed exactly, as the message says. Nothing was run, and the cache is as before.
     """
     model = view_of(unwrapped(model))
     kwargs |= {"inputs": inputs, "generation_config": generation_config}

@@ -69,8 +69,7 @@ class ModelInputs:
         return masks if self.traits.layer_types else masks[None]
 
     def _mask_dtype(self, layer) -> torch.dtype:
-        """Bool where a mask says what is visible; else it is added to the scores (always in old models and, before 5.17,
-        indexers)."""
+        """Bool where a mask says what is visible. Else it is added to the scores (in old models, and indexers before 5.17)."""
         takes_numbers = self.traits.has_old_masks or self.traits.is_indexed
         is_bool = self.config._attn_implementation == "sdpa" and not takes_numbers
         return torch.bool if is_bool else layer.rings[0].slots.dtype

@@ -1,7 +1,6 @@
 """One forward pass: how many tokens come, what is written where, what each query sees, and how far the sinks move.
 
-A pass is decided before the model runs, and stays as it is. `Pass` says what comes, `Plan` what it does in the layers of one
-window.
+A pass is decided before the model runs, and stays as it is: what comes (`Pass`), and what it does to each window (`Plan`).
 """
 
 from dataclasses import dataclass

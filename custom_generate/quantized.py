@@ -32,8 +32,7 @@ class Quantization:
     Args:
         backend: "quanto" and "hqq" call optimum.quanto or hqq, which have to be installed; "fp8" is torch's float8_e4m3fn.
         nbits: bits of a code. 2 or 4 with quanto; 1, 2, 3 (which take the room of 4), 4 or 8 with hqq; not to be given with fp8.
-        axis_key, axis_value: which groups. With quanto -1 is each channel and 0 a token, with hqq 0 and 1; not to be given with
-            fp8, which takes tokens.
+        axis_key, axis_value: which groups. With quanto -1 is each channel and 0 a token, with hqq 0 and 1. (fp8 takes tokens.)
         q_group_size: numbers in a group, and tokens in a block; a multiple of 8.
         residual_length: the most recent tokens that are not quantized.
 

@@ -1,5 +1,4 @@
-"""A cache on disk: a safetensors file with its tensors and, in the metadata, its numbers as JSON. Nothing of a file is
-executed."""
+"""A cache on disk: a safetensors file of its tensors, with its numbers as JSON in the metadata. Nothing of it is executed."""
 
 import json
 import os
@@ -24,8 +23,7 @@ NOT_SETTINGS = frozenset(
 
 
 def save_cache(cache, path: str | os.PathLike) -> None:
-    """`SinkCache.save`: to a file beside it first, so that there is never half of a file under this name. What was recorded for a
-    roll-back is left out."""
+    """`SinkCache.save`: to a file beside it first, so that there is never half of one. What was recorded is left out."""
     cache.require_model()
     if cache.stream.current is not None or cache.is_interrupted:
         raise ValueError(

@@ -78,8 +78,7 @@ class Sinks:
         self.moved_by = shifts
 
     def cos_sin_at(self, shifts: list[int]) -> torch.Tensor:
-        """`cos_sin` for a number a row, `[2, rows, 1, num_sinks, head_dim]`. For rows that are alike, the next shifts are
-        computed ahead."""
+        """`cos_sin` for a number a row, `[2, rows, 1, num_sinks, head_dim]`; for a single number, the next are computed ahead."""
         if len(shifts) > 1:
             return self.cos_sin(torch.tensor(shifts)[:, None])
         if self._ahead is None or not 0 <= shifts[0] - self._first_ahead < NUM_SHIFTS_AHEAD:

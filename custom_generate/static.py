@@ -73,8 +73,7 @@ class Cursor:
         self.visible.copy_(as_mask(visible, self.visible.dtype))
 
     def write(self, held: torch.Tensor, new: torch.Tensor) -> None:
-        """Put the token of each row, with the sinks in front of it if they moved, where they go: `[batch, heads, num,
-        head_dim]`."""
+        """Put the token of each row, `[batch, heads, 1, head_dim]`, in its slot; the sinks too, if they stand in front of it."""
         slots = self.slots[:, -new.shape[2] :]
         if self.has_idle_rows:  # what stands where their next token goes may still be seen
             before = held[self.rows[:, None], :, slots[:, -1:]].transpose(1, 2)
