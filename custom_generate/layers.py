@@ -16,10 +16,7 @@ class Ring:
     Attributes:
         sinks, number: the `Sinks` (sinks.py) that move the sinks of this ring, and its number there; None if they do not move.
         log: what recorded passes have overwritten: `(rows, slots, tokens), keys or values`.
-        num_bytes_on_host: bytes that are offloaded.
     """
-
-    num_bytes_on_host = 0
 
     def __init__(self, window: Window, rotation: Rotation, shape: tuple[int, int], dtype: torch.dtype, device: torch.device):
         self.window, self.rotation = window, rotation
@@ -50,10 +47,10 @@ class Ring:
             self.grow(num_tokens)
         return {"slots": self.slots[:, :, : min(num_tokens, self.window.length)]}
 
-    def allocate(self, batch_size: int) -> None:
+    def allocate(self, batch_size: int, num_slots: int = 0) -> None:
         """Begin with no tokens."""
         self.forget()
-        self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], 0, self.slots.shape[3])
+        self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], num_slots, self.slots.shape[3])
 
     def update(self, plan: Plan, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
         """`[batch, heads, num_columns, head_dim]` is written, and the pass is handed `[batch, heads, kv_length, head_dim]`.

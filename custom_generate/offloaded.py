@@ -26,8 +26,7 @@ class StoredRing(Ring):
 
     @torch.inference_mode(False)
     def allocate(self, batch_size: int) -> None:
-        self.forget()
-        self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], self.window.num_sinks, self.slots.shape[3])
+        super().allocate(batch_size, self.window.num_sinks)
 
     def update(self, plan: Plan, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
         held = torch.cat([self.slots, self.fetch(plan)], dim=2)
@@ -74,10 +73,6 @@ class OffloadedRing(StoredRing):
         """For the host itself, which waits for copies under way."""
         finish_copies(self.slots.device)
         return self.host.permute(1, 2, 0, 3)
-
-    @property
-    def num_bytes_on_host(self) -> int:
-        return self.host.nbytes
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
         self._reserve(num_tokens)

@@ -143,7 +143,7 @@ class ReadableCache(Cache):
     @property
     def num_bytes_on_host(self) -> int:
         """Those of `num_bytes_held` that are offloaded."""
-        return 0 if self.stream is None else sum(ring.num_bytes_on_host for ring in self.stream.rings)
+        return sum(ring.host.nbytes for ring in self.stream.rings) if self.is_offloaded and self.stream is not None else 0
 
     @property
     def takes_parts(self) -> bool:

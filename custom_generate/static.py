@@ -88,10 +88,10 @@ class StaticRing(Ring):
     """A ring whose slots are allocated at once, and stay where they are."""
 
     def allocate(self, batch_size: int) -> None:
-        self.forget()
-        if batch_size not in (0, len(self.slots)):  # else they stay: no query sees what is left in them
-            num_heads, head_dim = self.slots.shape[1], self.slots.shape[3]
-            self.slots = self.slots.new_zeros(batch_size, num_heads, self.window.length, head_dim)
+        if batch_size in (0, len(self.slots)):
+            self.forget()  # the memory stays: no query sees what is left in it
+        else:
+            super().allocate(batch_size, self.window.length)
             keep_in_place(self.slots)
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
@@ -102,7 +102,8 @@ class StaticRing(Ring):
         if isinstance(plan, Plan):
             return super().update(plan, new, held)
         if self.sinks is not None:
-            new = torch.cat([self.sinks.rotated(self.number).to(new.dtype), new], dim=2)  # one write, once it is compiled
+            sinks = rotate(self.sinks.pristine[:, self.number], self.sinks.turn)  # where the query of this pass needs them
+            new = torch.cat([sinks.to(new.dtype), new], dim=2)  # one write, once it is compiled
         plan.write(self.slots, new)
         return self.slots
 
@@ -133,10 +134,6 @@ class StaticSinks(Sinks):
             keep_in_place(self.turn)
         self.turn.copy_(cos_sin)
         self.moved_by = [-shift for shift in plan.shifts]  # equals no shift: an interrupted pass moves sinks of some layers only
-
-    def rotated(self, number: int) -> torch.Tensor:
-        """The sinks of one ring, where the query of this pass needs them: float32."""
-        return rotate(self.pristine[:, number], self.turn)
 
     def allocate(self, batch_size: int) -> None:
         if self.pristine is not None and batch_size in (0, self.pristine.shape[2]):
