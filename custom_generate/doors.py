@@ -7,21 +7,18 @@ from .probe import MAX_EXACT_POSITION, ModelTraits
 from .releases import MODELS_ASK_FOR_QUERY_OFFSET
 
 
-def check_count(name: str, value) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r} ({type(value).__name__}).")
+def check_count(name: str, value, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r} ({type(value).__name__}).")
 
 
 def check_numbers(window_length, num_sink_tokens) -> None:
-    for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{name} must be an int, got {value!r} ({type(value).__name__}).")
-    if window_length < 1:
-        raise ValueError(f"window_length must be at least 1, got {window_length}: no token could attend even to itself.")
-    if not 0 <= num_sink_tokens < window_length:
+    check_count("window_length", window_length)
+    check_count("num_sink_tokens", num_sink_tokens, least=0)
+    if num_sink_tokens >= window_length:
         raise ValueError(
-            f"num_sink_tokens must be at least 0 and less than window_length={window_length}, got {num_sink_tokens}: the window "
-            "holds the sinks and at least the token being processed."
+            f"num_sink_tokens must be less than window_length={window_length}, got {num_sink_tokens}: the window holds the sinks "
+            "and at least the token being processed."
         )
 
 

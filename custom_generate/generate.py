@@ -394,7 +394,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     @torch.inference_mode(False)  # the copy can be changed in any mode
     def __deepcopy__(self, memo) -> "SinkCache":
         self.settle()
-        memo |= {id(shared): shared for shared in (self.traits, *(self.inputs.configs if self.inputs else ()))}
+        configs = (self.inputs.own_config, self.inputs.config) if self.inputs else ()
+        memo |= {id(shared): shared for shared in (self.traits, *configs)}
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy({name: each for name, each in vars(self).items() if name != "_in_call"}, memo))
         return copied

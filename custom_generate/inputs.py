@@ -27,10 +27,6 @@ class ModelInputs:
         for index, layer in stream.layers.items():
             self.masked_layers.setdefault(traits.layer_types[index] if traits.layer_types else None, layer)
 
-    @property
-    def configs(self) -> tuple:
-        return self.own_config, self.config
-
     def of_pass(self, tokens: torch.Tensor, name: str) -> dict:
         """Everything but the cache, for the open pass. `tokens` are ids or embeddings, `[batch, num_columns, ...]`."""
         current = self.stream.current

@@ -123,12 +123,17 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     if probe.is_recurrent and not has_rotation:
         probe.check_that_order_does_not_count()
     probe.check_lengths(has_rotation)
+    recurrent_states = {
+        index: {name: state[:0].clone() for name, state in named_states(layer).items()}
+        for index, layer in enumerate(probe.cache.layers)
+        if isinstance(layer, LinearAttentionLayer)
+    }
     return ModelTraits(
         layers=layers,
         rebase_at=probe.rebase_at,
         max_positions=probe.max_positions,
         is_ordered=not has_rotation and not probe.is_recurrent,
-        recurrent_states=probe.recurrent_states(),
+        recurrent_states=recurrent_states,
         noted_layers=noted_layers,
         splits_exactly=splits_exactly,
         is_chunked=probe.is_chunked,
@@ -236,14 +241,6 @@ class Probe:
             shapes = tuple((each.shape[1], each.shape[3]) for each in (keys, values))
             traits.append(LayerTraits(native_window, rotations, shapes, keys.dtype, keys.device))
         return tuple(traits)
-
-    def recurrent_states(self) -> dict[int, dict[str, torch.Tensor]]:
-        """What the layers hold beside keys and values, without the rows."""
-        return {
-            index: {name: state[:0].clone() for name, state in named_states(layer).items()}
-            for index, layer in enumerate(self.cache.layers)
-            if isinstance(layer, LinearAttentionLayer)
-        }
 
     def check_that_no_token_sees_later_ones(self) -> None:
         """Texts 0 and 2 differ only in their third token; if earlier keys differ, the model is not causal."""
@@ -360,12 +357,11 @@ class Probe:
 
     def _native_window(self, index: int, layer) -> int | str | None:
         """The sliding window of a layer of the model's own cache: None for full attention, `NO_KEYS` for a layer without keys."""
-        if type(layer) in FULL_ATTENTION or self.is_chunked and self.layer_types[index] == CHUNKED:
+        is_indexed = type(layer) is IndexedLayer and hasattr(self.config, "index_topk")
+        if type(layer) in FULL_ATTENTION or is_indexed or self.is_chunked and self.layer_types[index] == CHUNKED:
             return None
         if type(layer) in SLIDING_ATTENTION:
             return layer.sliding_window
-        if type(layer) is IndexedLayer and hasattr(self.config, "index_topk"):
-            return None
         if type(layer) in (LinearAttentionLayer, DummyLayer):
             return NO_KEYS
         raise self._refusal(f"layer {index} keeps another kind of state ({type(layer).__name__})", BOUNDED)

@@ -201,22 +201,20 @@ class SeenRow:
             return num_behind if num_behind > 0 else None
         if num_behind > 0 and not self._differences(ids):
             return num_behind
-        overlap = self._overlap(ids) if num_tokens == self.window_length else 0
-        if overlap > 0 and (ids[0] != self.unseen or ids[overlap] == self.unseen):
+        overlap = self._overlap(ids)
+        if overlap > 0 and num_tokens == self.window_length and (ids[0] != self.unseen or ids[overlap] == self.unseen):
             return num_tokens - overlap
         if self.unseen is not None and ids[0] != self.unseen or num_behind > 0:
             return None
-        is_unseen = num_tokens == 1 and self.unseen is not None
-        return num_tokens if is_unseen or not (self._begins(ids) or self._is_end(ids)) else None
+        if num_tokens == 1 and self.unseen is not None:
+            return num_tokens
+        # Whether two tokens or more repeat the end of the text, before the one that was returned last.
+        is_end = min(overlap, len(self.recent)) > 1 and ids[overlap] == self.unseen
+        return None if is_end or self._begins(ids) else num_tokens
 
     def _begins(self, ids: list[int]) -> bool:
         """Whether the tokens begin as the text does, as far as that is known."""
         return len(self.first) > 0 and ids[: len(self.first)] == self.first[: len(ids)]
-
-    def _is_end(self, ids: list[int]) -> bool:
-        """Whether the tokens repeat the last tokens of the text, two or more, before the token that was returned last."""
-        overlap = self._overlap(ids)
-        return min(overlap, len(self.recent)) > 1 and ids[overlap] == self.unseen
 
     def _overlap(self, ids: list[int]) -> int:
         """The largest number of tokens at their beginning that are the last ones of the text, if new ones follow."""

@@ -41,10 +41,7 @@ IndexedLayer = layer_class("DynamicIndexedLayer")
 LinearAttentionLayer = layer_class("LinearAttentionLayer")
 DummyLayer = layer_class("DummyLayer")
 FULL_ATTENTION = layer_class("DynamicLayer"), layer_class("LinearAttentionAndFullAttentionLayer")
-SLIDING_ATTENTION = (
-    layer_class("DynamicSlidingWindowLayer"),
-    layer_class("LinearAttentionAndSlidingWindowAttentionLayer"),
-)
+SLIDING_ATTENTION = layer_class("DynamicSlidingWindowLayer"), layer_class("LinearAttentionAndSlidingWindowAttentionLayer")
 
 
 def own_layers(config) -> list:
@@ -86,11 +83,6 @@ class NotingCache(NotesRecurrentLayers, DynamicCache):
         self.layers_reached = set()
 
 
-def num_states(layer) -> int:
-    """How many convolutional states a layer has; it has as many recurrent ones (several since 5.14)."""
-    return getattr(layer, "number_of_states", 1)
-
-
 def named_states(layer) -> dict[str, torch.Tensor]:
     """The recurrent and convolutional states of a layer, by names that say where they belong: `conv_states.0`."""
     kinds = {name: getattr(layer, name) for name in ("conv_states", "recurrent_states")}
@@ -99,7 +91,7 @@ def named_states(layer) -> dict[str, torch.Tensor]:
 
 
 def has_previous_state(layer) -> list[bool]:
-    """For each state of a layer, whether any token has been through it."""
+    """For each convolutional state of a layer (several since 5.14), whether any token has been through it."""
     flags = layer.has_previous_state
     return list(flags.values()) if isinstance(flags, dict) else [flags]
 

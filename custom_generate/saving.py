@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from .layers import Ring
 from .quantized import Quantization
-from .releases import has_previous_state, num_states, restore_recurrent
+from .releases import has_previous_state, restore_recurrent
 from .stream import KINDS, Stream
 
 SAVED_FORMAT = 2
@@ -145,9 +145,9 @@ class SavedFile:
                 name: self._take(f"layers.{index}.recurrent.{name}", state, batch_size).to(state.device)
                 for name, state in cache.traits.recurrent_states[index].items()
             }
-            flags = self.number("has_previous_state").get(str(index))
-            if not isinstance(flags, list) or len(flags) != num_states(layer):
-                raise self.misfit(f"layer {index} has {flags!r:.50} states in the file, and {num_states(layer)} in this model")
+            flags, num_states = self.number("has_previous_state").get(str(index)), len(has_previous_state(layer))
+            if not isinstance(flags, list) or len(flags) != num_states:
+                raise self.misfit(f"layer {index} has {flags!r:.50} states in the file, and {num_states} in this model")
             restore_recurrent(layer, states, flags)
 
     def _take(self, name: str, like: torch.Tensor, num_rows: int) -> torch.Tensor:

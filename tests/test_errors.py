@@ -35,16 +35,16 @@ def untouched(model, monkeypatch):
 @pytest.mark.parametrize(
     "numbers, message",
     [
-        ({"window_length": 0}, "window_length must be at least 1, got 0"),
-        ({"window_length": -5}, "window_length must be at least 1, got -5"),
-        ({"window_length": 16.0}, r"window_length must be an int, got 16.0 \(float\)"),
-        ({"window_length": "16"}, r"window_length must be an int, got '16' \(str\)"),
-        ({"window_length": True, "num_sink_tokens": 0}, r"window_length must be an int, got True \(bool\)"),
-        ({"num_sink_tokens": -1}, "num_sink_tokens must be at least 0 and less than window_length=256, got -1"),
+        ({"window_length": 0}, "window_length must be an int of at least 1, got 0"),
+        ({"window_length": -5}, "window_length must be an int of at least 1, got -5"),
+        ({"window_length": 16.0}, r"window_length must be an int of at least 1, got 16.0 \(float\)"),
+        ({"window_length": "16"}, r"window_length must be an int of at least 1, got '16' \(str\)"),
+        ({"window_length": True, "num_sink_tokens": 0}, r"window_length must be an int of at least 1, got True \(bool\)"),
+        ({"num_sink_tokens": -1}, r"num_sink_tokens must be an int of at least 0, got -1 \(int\)"),
         ({"num_sink_tokens": 256}, "less than window_length=256, got 256"),
         ({"window_length": 4}, "less than window_length=4, got 4"),
-        ({"num_sink_tokens": 2.5}, r"num_sink_tokens must be an int, got 2.5 \(float\)"),
-        ({"window_length": torch.tensor(64)}, r"window_length must be an int, got tensor\(64\) \(Tensor\)"),
+        ({"num_sink_tokens": 2.5}, r"num_sink_tokens must be an int of at least 0, got 2.5 \(float\)"),
+        ({"window_length": torch.tensor(64)}, r"window_length must be an int of at least 1, got tensor\(64\) \(Tensor\)"),
     ],
 )
 def test_numbers_that_make_no_window(untouched, numbers, message):
