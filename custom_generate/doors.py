@@ -90,7 +90,7 @@ def check_parts(num_columns: int, num_new: list[int], num_parts, takes_parts: bo
 
 
 def check_pass(current: Pass, traits: ModelTraits, window_length: int, evicts: bool) -> None:
-    """Refuse a pass that goes past what the model can do in one pass."""
+    """Refuse what the model can't do in one pass."""
     num_columns, limit = current.num_columns, traits.max_positions
     num_padding = num_columns - max(current.num_new)
     if traits.is_ordered and num_padding > 0:
@@ -107,15 +107,21 @@ def check_pass(current: Pass, traits: ModelTraits, window_length: int, evicts: b
         last = max(after - start for after, start in zip(current.num_after, current.base))
         if max(num_columns, last) > limit:
             raise ValueError(f"{num_columns} tokens at once go past the {limit} positions of this model. Feed fewer at once.")
+    for row, (seen, new) in enumerate(zip(current.num_seen, current.num_new)) if traits.is_recurrent else ():
+        if seen > 0 and new not in (0, num_columns):
+            raise ValueError(
+                f"Row {row} of the batch goes on by {new} tokens and another one by {num_columns}: the padding between would "
+                "change its recurrent states as if it were text. Split the pass so that in each part a row has tokens in all "
+                "columns or in none, or generate with custom_generate, which does."
+            )
 
 
 def check_unprepared(traits: ModelTraits, stream, num_columns: int, num_rows: int = 1) -> None:
     """Refuse a pass whose positions and masks the model makes by itself, where these would be wrong."""
     if num_rows > 1:
         raise ValueError(
-            f"Without `prepare`, several rows (here {num_rows}) can't be served: this cache can't tell padding of a batch from "
-            "its tokens, and padding would become the sinks. Call model(**cache.prepare(input_ids, attention_mask)), or "
-            "generate with custom_generate."
+            f"Without `prepare`, several rows (here {num_rows}) can't be served: padding can't be told from tokens, and would "
+            "become sinks. Call model(**cache.prepare(input_ids, attention_mask)), or generate with custom_generate."
         )
     num_after = max(stream.num_tokens) + num_columns
     length = min(layer.window.length for layer in stream.layers.values())
@@ -134,10 +140,8 @@ def check_unprepared(traits: ModelTraits, stream, num_columns: int, num_rows: in
     elif num_after > max_positions:
         reason = f"position {num_after - 1} is more than this model can tell apart"
     if reason is not None:
-        raise ValueError(
-            f"This pass can't be exact as it is: {reason}. Call model(**cache.prepare(input_ids)), or generate with "
-            "custom_generate."
-        )
+        remedy = "Call model(**cache.prepare(input_ids)), or generate with custom_generate"
+        raise ValueError(f"This pass can't be exact as it is: {reason}. {remedy}.")
 
 
 def check_crop(num_removed: int, stream, traits: ModelTraits) -> None:

@@ -240,7 +240,6 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         current = Pass(*counts, batch_size, num_columns, num_parts, *flags)
         check_pass(current, traits, self.window_length, evicts)
         if traits.is_recurrent:
-            self.recurrent.check(current)
             if self.is_static and stream.batch_size == -1:
                 self.recurrent.allocate(traits, batch_size)
             self.recurrent.begin(current)

@@ -157,10 +157,7 @@ def check_model(model: torch.nn.Module, traits: ModelTraits, windows: dict[int, 
         raise ValueError(f"The static mode can't serve {name}, which depends on the order of the keys. Leave it out.")
     masks = {(traits.layer_types[index] if traits.layer_types else "", window) for index, window in windows.items()}
     if not traits.is_ordered and len(masks) > len({name for name, _ in masks}):
-        raise ValueError(
-            f"SinkCache gives one mask to all layers of a type, and layers of {name} that share a mask have windows of different "
-            "lengths."
-        )
+        raise ValueError(f"SinkCache gives one mask to all layers of a type, and those of {name} differ in their windows.")
 
 
 def check_same(model: torch.nn.Module, bound: torch.nn.Module | None, dtype: torch.dtype, device: torch.device) -> None:
@@ -183,8 +180,7 @@ def check_mode(model: torch.nn.Module) -> None:
         )
     if model.training and (dropout := dropout_of(model)) is not None:
         raise ValueError(
-            f"The model is in training mode with dropout ({dropout}), where the same tokens give other keys in each pass. Call "
-            "model.eval() first."
+            f"The model is in training mode with dropout ({dropout}): each pass gives other keys. Call model.eval() first."
         )
     device = input_device(model).type
     if is_autocast_enabled(device):
