@@ -89,7 +89,7 @@ def check_parts(num_columns: int, num_new: list[int], num_parts, takes_parts: bo
         raise ValueError(f"num_parts={num_parts!r} can't be used for this pass: {reason}.")
 
 
-def check_pass(current: Pass, traits: ModelTraits, window_length: int, evicts: bool) -> None:
+def check_pass(current: Pass, traits: ModelTraits, shortest_length: int) -> None:
     """Refuse what the model can't do in one pass."""
     num_columns, limit = current.num_columns, traits.max_positions
     num_padding = num_columns - max(current.num_new)
@@ -98,9 +98,9 @@ def check_pass(current: Pass, traits: ModelTraits, window_length: int, evicts: b
             f"All rows begin with {num_padding} columns of padding, which this model would count: its scores depend on the order "
             "of the keys. Leave these columns out."
         )
-    if evicts and traits.is_ordered:
+    if traits.is_ordered and num_columns > 1 and max(current.num_after) > shortest_length:
         raise ValueError(
-            f"{num_columns} tokens at once go past the window of {window_length}, and the scores of this model depend on "
+            f"{num_columns} tokens at once go past the window of {shortest_length}, and the scores of this model depend on "
             "the order of the keys. Feed them one by one."
         )
     if limit is not None:
@@ -124,11 +124,10 @@ def check_unprepared(traits: ModelTraits, stream, num_columns: int, num_rows: in
             "become sinks. Call model(**cache.prepare(input_ids, attention_mask)), or generate with custom_generate."
         )
     num_after = max(stream.num_tokens) + num_columns
-    length = min(layer.window.length for layer in stream.layers.values())
     max_positions = min(traits.max_positions or MAX_EXACT_POSITION, MAX_EXACT_POSITION)
     reason = None
-    if num_columns > 1 and num_after > length:
-        reason = f"{num_columns} tokens at once go past the window of {length}, and need a mask of their own"
+    if num_columns > 1 and num_after > stream.shortest_length:
+        reason = f"{num_columns} tokens at once go past the window of {stream.shortest_length}, and need a mask of their own"
     elif traits.is_ordered:
         reason = "the scores of this model depend on the order of the keys, which it takes from the mask"
     elif traits.has_local_attention and not MODELS_ASK_FOR_QUERY_OFFSET:

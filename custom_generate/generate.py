@@ -233,12 +233,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         counts = num_seen, num_new, num_after, base
         if len(num_new) > 1 and len(set(zip(*counts))) == 1:  # all rows alike: one number serves them all
             counts = [numbers[:1] for numbers in counts]
-        evicts = num_columns > 1 and any(max(num_after) > window.length for window, _ in stream.places)
-        quantizes = self.quantization is not None and num_columns > 1
-        can_be_repeated = not (evicts or quantizes or traits.is_recurrent)
-        flags = traits.is_ordered, is_prepared, stream.is_recording, can_be_repeated
-        current = Pass(*counts, batch_size, num_columns, num_parts, *flags)
-        check_pass(current, traits, self.window_length, evicts)
+        current = Pass(*counts, batch_size, num_columns, num_parts, traits.is_ordered, is_prepared, stream.is_recording)
+        check_pass(current, traits, stream.shortest_length)
         if traits.is_recurrent:
             if self.is_static and stream.batch_size == -1:
                 self.recurrent.allocate(traits, batch_size)
@@ -276,9 +272,11 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     def is_interrupted(self) -> bool:
         """Whether the last pass has not been through all layers, and can't be repeated: no pass with recurrent states can."""
         stream, current = self.stream, self.stream.current
-        if not self.traits.is_recurrent:
-            return current is not None and stream.has_begun and not current.can_be_repeated
-        return current is not None or any(stream.num_seen) and not self.traits.noted_layers <= self.layers_reached
+        if self.traits.is_recurrent:
+            return current is not None or any(stream.num_seen) and not self.traits.noted_layers <= self.layers_reached
+        if current is None or not stream.has_begun or current.num_columns == 1:  # a token may overwrite the oldest one twice
+            return False
+        return self.quantization is not None or not all(plan.hands_out_slots for plan in stream.plans)
 
     @contextlib.contextmanager
     def in_one_call(self):

@@ -23,7 +23,6 @@ class Pass:
         is_ordered: keys are handed out in the order of their tokens.
         is_prepared: positions and masks come from `prepare`, not from the model.
         is_recorded: what the pass evicts is kept, so that it can be rolled back.
-        can_be_repeated: nothing that a second try needs is overwritten (a single token may overwrite the oldest one).
     """
 
     num_seen: list[int]
@@ -36,7 +35,6 @@ class Pass:
     is_ordered: bool = False
     is_prepared: bool = True
     is_recorded: bool = False
-    can_be_repeated: bool = True
 
     @property
     def part_length(self) -> int:

@@ -55,6 +55,7 @@ class Stream:
             self.places[place[:2]][1].append(group)
         self.rings = [ring for layer in self.layers.values() for ring in layer.rings]
         self.first_layer, self.last_layer = min(layers), max(layers)
+        self.shortest_length = min(window.length for window, _ in self.places)
         self.clear()
 
     # Other ways to hold a window replace these three.
