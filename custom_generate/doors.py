@@ -90,7 +90,6 @@ def check_parts(num_columns: int, num_new: list[int], num_parts, takes_parts: bo
 
 
 def check_pass(current: Pass, traits: ModelTraits, shortest_length: int) -> None:
-    """Refuse what the model can't do in one pass."""
     num_columns, limit = current.num_columns, traits.max_positions
     num_padding = num_columns - max(current.num_new)
     if traits.is_ordered and num_padding > 0:

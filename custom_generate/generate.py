@@ -442,7 +442,7 @@ def generate(
         guidance = Guidance.of(call, cache, prompt)
         cache.bind(model)
         feed_arguments, others = (model, cache, with_pictures(unseen, prompt, call, cache), call.chunk_size, call.is_synced), {}
-        if call.is_assisted:
+        if call.drafting_options:
             check_drafting(call, cache, prompt)
             others["assistant_model"] = drafting_model(call, cache)
             feed = DraftFeed(*feed_arguments, num_columns=prompt.num_columns)

@@ -108,7 +108,6 @@ class Ring:
             self.slots[rows, :, slots] = overwritten[is_undone]
 
     def forget(self) -> None:
-        """What recorded passes have brought stands."""
         self.log = []
 
     def rebase(self, num_positions: torch.Tensor) -> None:

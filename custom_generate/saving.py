@@ -58,7 +58,6 @@ def save_cache(cache, path: str | os.PathLike) -> None:
 
 
 def load_cache(cls, path: str | os.PathLike, model: torch.nn.Module, expected: dict):
-    """`SinkCache.load`."""
     saved = SavedFile(path)
     arguments, here, there = saved.number("arguments"), settings_of(model), saved.number("model")
     for name, value in expected.items():

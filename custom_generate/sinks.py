@@ -35,7 +35,6 @@ class Sinks:
         return [tensor for tensor in (self.pristine, self._ahead, self.for_queries) if tensor is not None]
 
     def allocate(self, batch_size: int) -> None:
-        """Begin with no tokens."""
         _, num_heads, _, head_dim = self.rings[0].slots.shape
         shape = 2, len(self.rings), batch_size, num_heads, self.window.num_sinks, head_dim
         self.pristine = torch.zeros(shape, dtype=torch.float32, device=self.rings[0].slots.device)

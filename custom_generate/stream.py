@@ -133,7 +133,6 @@ class Stream:
         self.current = None
 
     def _rebase(self, base: list[int]) -> None:
-        """Lower positions, to a new base."""
         num_rows = max(len(base), len(self.base))
         before, after = (each * (num_rows // len(each)) for each in (self.base, base))
         if after != before:
