@@ -7,7 +7,7 @@ from functools import cache, cached_property
 import torch
 
 from .layers import MIN_SLOTS, Ring, undone
-from .plan import Pass, Plan
+from .plan import Plan
 from .stream import Stream
 from .window import Window
 
@@ -143,6 +143,8 @@ class OffloadedRing(StoredRing):
 
 
 class OffloadedStream(Stream):
+    plan_of = OffloadedPlan
+
     def __init__(self, *args):
         self.chains: dict[tuple, list[OffloadedRing]] = {}
         super().__init__(*args)
@@ -150,9 +152,6 @@ class OffloadedStream(Stream):
     def new_ring(self, window: Window, *how, kind: str | None = None) -> Ring:
         chain = self.chains.setdefault((window, how[-1], kind), [])  # the last argument is the device
         return OffloadedRing(chain, window, *how) if kind else Ring(window, *how)
-
-    def plan_of(self, current: Pass, window: Window, device: torch.device) -> OffloadedPlan:
-        return OffloadedPlan(window, current, device)
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 
 from .layers import Ring, selected, take_slots, undone
 from .offloaded import StoredRing
-from .plan import Pass, Plan
+from .plan import Plan
 from .stream import Stream
 from .window import Window
 
@@ -325,9 +325,8 @@ class QuantizedStream(Stream):
             return Ring(window, *how)
         return QuantizedRing(self.quantization, self.quantization.by_channel(kind), window, *how)
 
-    def plan_of(self, current: Pass, window: Window, device: torch.device) -> Plan:
-        how = window, current, device
-        return QuantizedPlan(self.quantization, *how) if self._quantizes(window) else Plan(*how)
+    def plan_of(self, window: Window, *how) -> Plan:
+        return QuantizedPlan(self.quantization, window, *how) if self._quantizes(window) else Plan(window, *how)
 
     def _quantizes(self, window: Window) -> bool:
         """Native windows may be too short."""

@@ -146,6 +146,8 @@ class StaticSinks(Sinks):
 class StaticStream(Stream):
     """A stream whose passes over one token are plans in tensors."""
 
+    new_sinks = StaticSinks
+
     def __init__(self, *args):
         self.cursors: dict[tuple[Window, torch.device], Cursor] = {}
         super().__init__(*args)
@@ -157,10 +159,7 @@ class StaticStream(Stream):
     def new_ring(self, window: Window, *how, kind: str | None = None) -> StaticRing:
         return StaticRing(window, *how)
 
-    def new_sinks(self, rings: list[Ring]) -> StaticSinks:
-        return StaticSinks(rings)
-
-    def plan_of(self, current: Pass, window: Window, device: torch.device) -> Plan | Cursor:
+    def plan_of(self, window: Window, current: Pass, device: torch.device) -> Plan | Cursor:
         if not (current.is_prepared and current.num_columns == max(current.num_new) == 1):
             return Plan(window, current, device)
         cursor = self.cursors.get((window, device))

@@ -60,15 +60,11 @@ class Stream:
 
     # Other ways to hold a window replace these three.
 
+    new_sinks, plan_of = Sinks, Plan
+
     def new_ring(self, window: Window, *how, kind: str | None = None) -> Ring:
         """For the keys or the values of a layer, or (kind None) for ids. `how` are the other arguments of a `Ring`."""
         return Ring(window, *how)
-
-    def new_sinks(self, rings: list[Ring]) -> Sinks:
-        return Sinks(rings)
-
-    def plan_of(self, current: Pass, window: Window, device: torch.device) -> Plan:
-        return Plan(window, current, device)
 
     @property
     def num_tokens(self) -> list[int]:
@@ -91,7 +87,7 @@ class Stream:
         self.num_seen, self.base = current.num_seen, current.base
         self.current, self.has_begun, self.input_ids, self.plans = current, False, input_ids, []
         for (window, device), (layers, groups) in self.places.items():
-            plan = self.plan_of(current, window, device)
+            plan = self.plan_of(window, current, device)
             self.plans.append(plan)
             for layer in layers:
                 layer.plan = plan
