@@ -189,9 +189,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         inputs = self.inputs.of_pass(tokens, "input_ids" if inputs_embeds is None else "inputs_embeds")
         return inputs | {self.inputs.cache_name: self}
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> tuple:
         """Called by attention layers: `[batch, heads, num_columns, head_dim]` -> `[batch, heads, kv_length, head_dim]`."""
         if self.stream is None:
             self.require_model()

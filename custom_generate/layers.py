@@ -27,11 +27,6 @@ class Ring:
         self.log: list[tuple] = []
 
     @property
-    def num_intact(self) -> int:
-        """The longest text that can be rolled back without a log: nothing of it has been evicted."""
-        return self.window.length
-
-    @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything that the ring holds."""
         return [self.slots, *(tensor for written, overwritten in self.log for tensor in (*written, overwritten))]

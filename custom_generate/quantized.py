@@ -236,10 +236,6 @@ class QuantizedRing(StoredRing):
         self.quantization, self.by_channel = quantization, by_channel
 
     @property
-    def num_intact(self) -> int:
-        return self.window.num_sinks + self.quantization.min_recent
-
-    @property
     def tensors(self) -> list[torch.Tensor]:
         return [*super().tensors, *self.blocks, *(part for _, parts in self.block_log for part in parts)]
 
@@ -319,6 +315,8 @@ class QuantizedStream(Stream):
     def __init__(self, window: Window, layers: dict, quantization: Quantization):
         self.quantization = quantization
         super().__init__(window, layers)
+        unquantized = [each.num_sinks + quantization.min_recent for each, _ in self.places if self._quantizes(each)]
+        self.num_intact = min(self.num_intact, *unquantized)
 
     def new_ring(self, window: Window, *how, kind: str | None = None) -> Ring:
         if kind is None or not self._quantizes(window):

@@ -31,6 +31,7 @@ class Stream:
         ids: ids of the tokens held, as a ring that does not move; `knows_ids` is False if some tokens came without ids.
         places: the layers, and the groups of sinks that move alike, of each window and device. The place of `ids` comes first.
         num_recorded: tokens that can be rolled back.
+        num_intact: the longest text that can be rolled back without a log: nothing of it has been evicted.
     """
 
     def __init__(self, window: Window, layers: dict):
@@ -55,7 +56,7 @@ class Stream:
             self.places[place[:2]][1].append(group)
         self.rings = [ring for layer in self.layers.values() for ring in layer.rings]
         self.first_layer, self.last_layer = min(layers), max(layers)
-        self.shortest_length = min(window.length for window, _ in self.places)
+        self.shortest_length = self.num_intact = min(window.length for window, _ in self.places)
         self.clear()
 
     # Other ways to hold a window replace these three.
