@@ -255,7 +255,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         if stream.done is not None:
             stream.settle()
         if self.traits.is_recurrent:
-            self.recurrent.end_gradients()
+            self.recurrent.settle()
         if (stream.current is not None or self.traits.is_recurrent) and self.is_interrupted and not is_reset:
             raise ValueError(
                 f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already "
@@ -263,8 +263,6 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             )
         if stream.current is not None:
             stream.give_up()
-        elif self.recurrent.idle:
-            self.recurrent.put_back_idle()
 
     @property
     def is_interrupted(self) -> bool:
