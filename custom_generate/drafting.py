@@ -26,7 +26,7 @@ class DraftFeed(Feed):
 
     def view(self) -> torch.nn.Module:
         view = super().view()
-        view._get_candidate_generator = functools.partial(ShortDrafts, self.model, self.cache)
+        view._get_candidate_generator = functools.partial(short_drafts, self.model, self.cache)
         return view
 
     def first_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
@@ -100,9 +100,7 @@ def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
     shortened, config = shallow_copy(model), copy.deepcopy(model.config)
     num_all = config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(num_layers, int) or isinstance(num_layers, bool) or not 1 <= num_layers < num_all:
-        raise ValueError(
-            f"assistant_early_exit must be one of the first {num_all - 1} of the {num_all} layers, got {num_layers!r}."
-        )
+        raise ValueError(f"assistant_early_exit must be one of the first {num_all - 1} of {num_all} layers, got {num_layers!r}.")
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
@@ -152,29 +150,26 @@ class Drafter:
             self.cache.reset()
 
 
-class ShortDrafts:
+def short_drafts(model: torch.nn.Module, cache, generation_config, **kwargs):
     """The candidate generator that a model has, with its drafts cut so that a pass over one can be taken back."""
+    if kwargs.get("assistant_tokenizer") is not None:
+        # Else, for sampling, it cuts down the assistant itself, for good. Greedy drafts lead to the same distribution.
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.do_sample = False
+    generator = model._get_candidate_generator(generation_config=generation_config, **kwargs)
+    get_long_candidates = generator.get_candidates
+    num_kept = [window.num_recent for window, _ in cache.stream.places]
+    if cache.quantization is not None:
+        num_kept.append(cache.quantization.min_recent)  # tokens that are not quantized
 
-    def __init__(self, model: torch.nn.Module, cache, generation_config, **kwargs):
-        if kwargs.get("assistant_tokenizer") is not None:
-            # Else, for sampling, it cuts down the assistant itself, for good. Greedy drafts lead to the same distribution.
-            generation_config = copy.deepcopy(generation_config)
-            generation_config.do_sample = False
-        self.generator = model._get_candidate_generator(generation_config=generation_config, **kwargs)
-        self.cache = cache
-        num_kept = [window.num_recent for window, _ in cache.stream.places]
-        if cache.quantization is not None:
-            num_kept.append(cache.quantization.min_recent)  # tokens that are not quantized
-        self.length = min(num_kept) - 1
-
-    def get_candidates(self, input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def get_candidates(input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The text `[1, length]` with a draft behind it, and the logits of the draft if there are any."""
-        self.cache.crop(0)  # all that is in the text stands: 5.14 only says so where it takes something back
-        ids, logits = self.generator.get_candidates(input_ids, *args, **kwargs)
-        length = min(ids.shape[1] - input_ids.shape[1], self.length)
+        cache.crop(0)  # all that is in the text stands: 5.14 only says so where it takes something back
+        ids, logits = get_long_candidates(input_ids, *args, **kwargs)
+        length = min(ids.shape[1] - input_ids.shape[1], min(num_kept) - 1)
         if length == 0:
             return input_ids, None
         return ids[:, : input_ids.shape[1] + length], None if logits is None else logits[:, :length]
 
-    def __getattr__(self, name: str):
-        return getattr(self.generator, name)
+    generator.get_candidates = get_candidates
+    return generator

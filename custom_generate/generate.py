@@ -28,26 +28,13 @@ import torch
 from transformers import GenerationConfig
 
 # transformers up to 5.5 copies only the modules that THIS file imports: name all of them here.
-from .doors import (
-    check_crop,
-    check_model,
-    check_numbers,
-    check_parts,
-    check_pass,
-    check_same,
-    check_tokens,
-    check_unprepared,
-    in_use,
-    wrong_model,
-    wrong_pass,
-    wrong_rows,
-)
+from .doors import check_crop, check_keys, check_numbers, check_parts, check_pass, check_tokens, check_unprepared, in_use
 from .drafting import DraftFeed, check_drafting, drafting_model
 from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
 from .inputs import ModelInputs
 from .layers import SinkLayer  # noqa: F401
-from .models import check_is_decoder, check_mode
+from .models import check_mode, check_model, check_same
 from .offloaded import OffloadedStream
 from .options import Call
 from .plan import Pass
@@ -190,8 +177,9 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             ValueError: what is passed does not fit to the cache or can't be processed exactly. The cache is as before.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if self.stream is None:
+            self.require_model()
         num_new = check_tokens(tokens, 2 if inputs_embeds is None else 3, attention_mask, self)
-        self.require_model()
         if num_parts != 1:
             check_parts(tokens.shape[1], num_new, num_parts, self.takes_parts)
         if self.is_static:  # a graph is made for one memory layout, and the ids are read once more when the next pass begins
@@ -201,9 +189,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         inputs = self.inputs.of_pass(tokens, "input_ids" if inputs_embeds is None else "inputs_embeds")
         return inputs | {self.inputs.cache_name: self}
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> tuple:
         """Called by attention layers: `[batch, heads, num_columns, head_dim]` -> `[batch, heads, kv_length, head_dim]`."""
         if self.stream is None:
             self.require_model()
@@ -221,14 +207,11 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     def _enter(self, key_states: torch.Tensor) -> None:
         """The first layer is reached: by the pass that was prepared, or by a pass that the model begins by itself."""
         stream, (num_rows, _, num_columns, _) = self.stream, key_states.shape
-        if key_states.shape[1::2] != stream.rings[0].slots.shape[1::2]:
-            raise wrong_model(key_states.shape, stream.rings[0].slots.shape)
-        if stream.current is None or stream.has_begun:
-            check_unprepared(self.traits, stream, num_columns, num_rows)
+        prepared = None if stream.has_begun else stream.current
+        check_keys(key_states.shape, stream.rings[0].slots.shape, prepared)
+        if prepared is None:
+            check_unprepared(self.traits, stream, num_columns, max(num_rows, stream.batch_size))
             self._begin(num_rows, num_columns, [num_columns], is_prepared=False)
-        current = stream.current
-        if (num_rows, num_columns) != (current.batch_size * current.num_parts, current.num_columns // current.num_parts):
-            raise wrong_pass(current, num_rows, num_columns)
         stream.has_begun = True
 
     @torch.inference_mode(False)  # what is made here may be changed in any mode
@@ -239,8 +222,6 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         stream, traits, model = self.stream, self.traits, self.model()
         if model is not None and model.training:
             check_mode(model)
-        if stream.batch_size not in (-1, batch_size):
-            raise wrong_rows(stream.batch_size, batch_size)
         num_seen, base = stream.num_seen, stream.base
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
@@ -250,14 +231,9 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         counts = num_seen, num_new, num_after, base
         if len(num_new) > 1 and len(set(zip(*counts))) == 1:  # all rows alike: one number serves them all
             counts = [numbers[:1] for numbers in counts]
-        evicts = num_columns > 1 and any(max(num_after) > window.length for window, _ in stream.places)
-        quantizes = self.quantization is not None and num_columns > 1
-        can_be_repeated = not (evicts or quantizes or traits.is_recurrent)
-        flags = traits.is_ordered, is_prepared, stream.is_recording, can_be_repeated
-        current = Pass(*counts, batch_size, num_columns, num_parts, *flags)
-        check_pass(current, traits, self.window_length, evicts)
+        current = Pass(*counts, batch_size, num_columns, num_parts, traits.is_ordered, is_prepared, stream.is_recording)
+        check_pass(current, traits, stream.shortest_length)
         if traits.is_recurrent:
-            self.recurrent.check(current)
             if self.is_static and stream.batch_size == -1:
                 self.recurrent.allocate(traits, batch_size)
             self.recurrent.begin(current)
@@ -279,7 +255,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         if stream.done is not None:
             stream.settle()
         if self.traits.is_recurrent:
-            self.recurrent.end_gradients()
+            self.recurrent.settle()
         if (stream.current is not None or self.traits.is_recurrent) and self.is_interrupted and not is_reset:
             raise ValueError(
                 f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already "
@@ -287,16 +263,16 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             )
         if stream.current is not None:
             stream.give_up()
-        elif self.recurrent.idle:
-            self.recurrent.put_back_idle()
 
     @property
     def is_interrupted(self) -> bool:
         """Whether the last pass has not been through all layers, and can't be repeated: no pass with recurrent states can."""
         stream, current = self.stream, self.stream.current
-        if not self.traits.is_recurrent:
-            return current is not None and stream.has_begun and not current.can_be_repeated
-        return current is not None or any(stream.num_seen) and not self.traits.noted_layers <= self.layers_reached
+        if self.traits.is_recurrent:
+            return current is not None or any(stream.num_seen) and not self.traits.noted_layers <= self.layers_reached
+        if current is None or not stream.has_begun or current.num_columns == 1:  # a token may overwrite the oldest one twice
+            return False
+        return self.quantization is not None or not all(plan.hands_out_slots for plan in stream.plans)
 
     @contextlib.contextmanager
     def in_one_call(self):
@@ -351,8 +327,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     # Roll-back
 
     def activate_past_recording(self, is_active: bool = True) -> None:
-        """Keep what passes evict from now on, until `crop` says which of their tokens stand. False: no longer, and what was kept
-        stands."""
+        """Keep what passes evict from now on, until `crop` says which of their tokens stand. False: no longer; all of them do."""
         self.require_model()
         self.settle()
         self.num_padding_columns = 0
@@ -361,8 +336,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     def crop(self, num_tokens: int) -> None:
         """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if negative, else all but the first so
-        many (as before transformers 5.14, where `generate` counts all columns of its text). What was recorded until then is let
-        go.
+        many (as before transformers 5.14, where `generate` counts all columns of its text). What was recorded is let go.
 
         Raises:
             ValueError: the tokens that those ones evicted were not recorded, or there are not so many. The cache is as before.
@@ -413,7 +387,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     @torch.inference_mode(False)  # the copy can be changed in any mode
     def __deepcopy__(self, memo) -> "SinkCache":
         self.settle()
-        memo |= {id(shared): shared for shared in (self.traits, *(self.inputs.configs if self.inputs else ()))}
+        configs = (self.inputs.own_config, self.inputs.config) if self.inputs else ()
+        memo |= {id(shared): shared for shared in (self.traits, *configs)}
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy({name: each for name, each in vars(self).items() if name != "_in_call"}, memo))
         return copied
@@ -442,17 +417,14 @@ def generate(
             `Quantization`; or "offloaded" to the memory of the host.
         past_key_values, or cache (as transformers says since 5.24): a `SinkCache` to continue, with either the whole history in
             `input_ids`, or its last `window_length` tokens, or only what the cache has not seen: that is
-            `sequences[:, cache.get_seq_length():]` and what comes after it. Without any prompt, the text goes on from the last
-            token that was returned.
+            `sequences[:, cache.get_seq_length():]` and what comes after it. Without a prompt, the last token goes on.
         guidance_scale: as in transformers, with a second cache of the same window for the second text. That one begins anew with
             each call, with `negative_prompt_ids`; to go on with it, pass the whole of it there.
 
     Raises:
-        ValueError: something passed can't be processed exactly. The message names it; the model has not been run, and the cache
-            is as before.
+        ValueError: what is passed can't be processed exactly, as the message says. Nothing was run, and the cache is as before.
     """
     model = view_of(unwrapped(model))
-    check_is_decoder(model)
     kwargs |= {"inputs": inputs, "generation_config": generation_config}
     kwargs |= {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     call = Call(model, kwargs)
@@ -466,7 +438,7 @@ def generate(
         guidance = Guidance.of(call, cache, prompt)
         cache.bind(model)
         feed_arguments, others = (model, cache, with_pictures(unseen, prompt, call, cache), call.chunk_size, call.is_synced), {}
-        if call.is_assisted:
+        if call.drafting_options:
             check_drafting(call, cache, prompt)
             others["assistant_model"] = drafting_model(call, cache)
             feed = DraftFeed(*feed_arguments, num_columns=prompt.num_columns)

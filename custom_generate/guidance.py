@@ -38,9 +38,7 @@ class Guidance(LogitsProcessor):
             except ValueError as error:
                 raise ValueError(f"negative_prompt_ids can't be used: {error}") from None
             if len(ids) != len(prompt.tokens):
-                raise ValueError(
-                    f"negative_prompt_ids has {len(ids)} rows, and the prompt has {len(prompt.tokens)}. Pass as many."
-                )
+                raise ValueError(f"negative_prompt_ids has {len(ids)} rows, and the prompt {len(prompt.tokens)}. Pass as many.")
         second.bind(call.model)
         return cls(scale, Feed(call.model, second, negative, call.chunk_size))
 
@@ -69,9 +67,7 @@ def _check_guidance(call: Call, scale: float, prompt: Prompt, ids, mask) -> None
     check_tensors(negative_prompt_ids=ids, negative_prompt_attention_mask=mask)
     if ids is None and (prompt.name == "inputs_embeds" or mask is not None):
         what = "inputs_embeds have none" if mask is None else "negative_prompt_attention_mask belongs to another text"
-        raise ValueError(
-            f"guidance_scale={scale} begins its second text with the last token, and {what}. Pass negative_prompt_ids."
-        )
+        raise ValueError(f"guidance_scale={scale} begins a second text with the last token: {what}. Pass negative_prompt_ids.")
 
 
 def with_processors(view: torch.nn.Module, prompt: Prompt, num_copies: int, guidance: Guidance | None) -> torch.nn.Module:

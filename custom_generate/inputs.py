@@ -5,7 +5,7 @@ import inspect
 import torch
 
 from .models import FULL_MASKS, PADDING_MASKS, SLIDING_MASKS, ModelTraits, mask_dtype
-from .plan import Pass
+from .plan import Pass, last_columns
 from .releases import MODELS_ASK_FOR_QUERY_OFFSET, cache_name
 from .stream import Stream
 
@@ -27,10 +27,6 @@ class ModelInputs:
         for index, layer in stream.layers.items():
             self.masked_layers.setdefault(traits.layer_types[index] if traits.layer_types else None, layer)
 
-    @property
-    def configs(self) -> tuple:
-        return self.own_config, self.config
-
     def of_pass(self, tokens: torch.Tensor, name: str) -> dict:
         """Everything but the cache, for the open pass. `tokens` are ids or embeddings, `[batch, num_columns, ...]`."""
         current = self.stream.current
@@ -45,9 +41,12 @@ class ModelInputs:
 
     def _attention_mask(self, current: Pass, device: torch.device):
         """None where the model itself makes the right mask: a plain causal one."""
-        if self.traits.is_ordered:
-            return held_columns(current, self.stream.ids.window.length, device)
-        padding = padding_mask(current, device) if min(current.num_new) < current.num_columns else None
+        if self.traits.is_ordered:  # which keys are tokens: the model derives their order from this mask (ALiBi)
+            num_held = [min(after, self.stream.ids.window.length) for after in current.num_after]
+            return last_columns(num_held, max(num_held), device).long().expand(current.batch_size, -1)
+        padding = None
+        if min(current.num_new) < current.num_columns:
+            padding = last_columns(current.num_new, current.num_columns, device).long().expand(current.batch_size, -1)
         is_causal = padding is None or not self.traits.is_recurrent
         for layers, _ in self.stream.places.values():
             is_causal = is_causal and (not layers or layers[0].plan.is_causal)
@@ -84,16 +83,3 @@ def position_ids(current: Pass, device: torch.device) -> torch.Tensor:
     positions = torch.arange(-current.num_columns, 0, device=device) + torch.tensor(stop, device=device)[:, None]
     positions = positions.clamp(min=0).expand(current.batch_size, -1).reshape(-1, current.part_length)
     return positions.contiguous()  # a graph is made for one memory layout
-
-
-def padding_mask(current: Pass, device: torch.device) -> torch.Tensor:
-    """1 for a token and 0 for padding, `[batch, num_columns]`."""
-    first = current.num_columns - torch.tensor(current.num_new, device=device)[:, None]
-    return (torch.arange(current.num_columns, device=device) >= first).long().expand(current.batch_size, -1)
-
-
-def held_columns(current: Pass, length: int, device: torch.device) -> torch.Tensor:
-    """Of an ordered pass, which keys are tokens, `[batch, num_held]`: the model derives their order from this mask (ALiBi)."""
-    num_held = torch.tensor([min(after, length) for after in current.num_after], device=device)[:, None]
-    width = min(max(current.num_after), length)
-    return (torch.arange(width, device=device) >= width - num_held).long().expand(current.batch_size, -1)

@@ -16,10 +16,7 @@ class Ring:
     Attributes:
         sinks, number: the `Sinks` (sinks.py) that move the sinks of this ring, and its number there; None if they do not move.
         log: what recorded passes have overwritten: `(rows, slots, tokens), keys or values`.
-        num_bytes_on_host: bytes that are offloaded.
     """
-
-    num_bytes_on_host = 0
 
     def __init__(self, window: Window, rotation: Rotation, shape: tuple[int, int], dtype: torch.dtype, device: torch.device):
         self.window, self.rotation = window, rotation
@@ -28,11 +25,6 @@ class Ring:
         self.sinks = None
         self.number: int | None = None
         self.log: list[tuple] = []
-
-    @property
-    def num_intact(self) -> int:
-        """The longest text that can be rolled back without a log: nothing of it has been evicted."""
-        return self.window.length
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -45,20 +37,18 @@ class Ring:
         return self.slots[:, :, self.window.num_sinks :]
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
-        """Views of everything that a text of so many tokens has left here, to be saved or to be filled. Dimension 0 has the
-        rows."""
+        """Views of all that a text of so many tokens has left here, to be saved or filled. Dimension 0 has the rows."""
         if num_tokens > self.slots.shape[2] < self.window.length:
             self.grow(num_tokens)
         return {"slots": self.slots[:, :, : min(num_tokens, self.window.length)]}
 
-    def allocate(self, batch_size: int) -> None:
+    def allocate(self, batch_size: int, num_slots: int = 0) -> None:
         """Begin with no tokens."""
         self.forget()
-        self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], 0, self.slots.shape[3])
+        self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], num_slots, self.slots.shape[3])
 
     def update(self, plan: Plan, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
-        """Write what is new, `[batch, heads, num_columns, head_dim]`; return what the pass is handed, `[batch, heads, kv_length,
-        head_dim]`.
+        """`[batch, heads, num_columns, head_dim]` is written, and the pass is handed `[batch, heads, kv_length, head_dim]`.
 
         Args:
             held: the slots before the pass, if they are kept in another form than `slots`.
@@ -113,12 +103,10 @@ class Ring:
             self.slots[rows, :, slots] = overwritten[is_undone]
 
     def forget(self) -> None:
-        """What recorded passes have brought stands."""
         self.log = []
 
     def rebase(self, num_positions: torch.Tensor) -> None:
-        """Lower the positions of each row by `num_positions` `[rows, 1, 1]`: keys behind the sinks are rotated back, and rounded
-        once."""
+        """Lower the positions of each row by `num_positions` `[rows, 1, 1]`: keys behind the sinks turn back, rounded once."""
         angles = self.rotation.angles(num_positions, torch.zeros_like(num_positions))
         self.recent.copy_(self.rotation.turn(self.recent.to(angles.device), angles))
         for number, (written, overwritten) in enumerate(self.log):
@@ -195,8 +183,7 @@ def selected(states: torch.Tensor, index: torch.Tensor, dim: int = 0) -> torch.T
 
 
 def undone(log: list[tuple], num_tokens: list[int]):
-    """For each pass, the last one first: rows and slots to put back, which of its entries they are, and what all have
-    overwritten."""
+    """For each pass, the last one first: rows and slots to put back, which entries they are, and what all have overwritten."""
     for (rows, slots, tokens), overwritten in reversed(log):
         first = torch.tensor(num_tokens, device=tokens.device)
         is_undone = tokens >= (first if len(first) == 1 else first[rows])

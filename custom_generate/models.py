@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from .releases import input_device, is_autocast_enabled
 from .rotation import Rotation
+from .window import Window
 
 # The names under which models with recurrent layers look for the masks of layers that see all, of layers with a native window,
 # and of layers that have to know only what is padding.
@@ -140,7 +141,7 @@ def limits_time_steps(model: torch.nn.Module) -> bool:
 
 
 def mask_dtype(config, takes_numbers: bool, dtype: torch.dtype) -> torch.dtype:
-    """Bool where a mask says what is visible; else the mask is added to the scores."""
+    """Bool where a mask says what is visible; else the mask is added to the scores (in old models, and indexers before 5.17)."""
     return torch.bool if config._attn_implementation == "sdpa" and not takes_numbers else dtype
 
 
@@ -161,11 +162,6 @@ def warn_of(model: torch.nn.Module, window_length: int, traits: ModelTraits, kno
         )
 
 
-def check_is_decoder(model: torch.nn.Module) -> None:
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"SinkCache serves decoder-only models, and {type(model).__name__} is an encoder-decoder model.")
-
-
 def dropout_of(model: torch.nn.Module) -> str | None:
     """A dropout at work in a model in training mode, as `name=probability`; None if there is none."""
     for name, module in model.named_modules():
@@ -177,6 +173,27 @@ def dropout_of(model: torch.nn.Module) -> str | None:
     return None
 
 
+def check_model(model: torch.nn.Module, traits: ModelTraits, windows: dict[int, Window], is_static: bool) -> None:
+    """Refuse a model to which this kind of cache can't be bound. `windows`: of each layer with keys."""
+    name = type(model).__name__
+    if is_static and traits.is_ordered:
+        raise ValueError(f"The static mode can't serve {name}, which depends on the order of the keys. Leave it out.")
+    masks = {(traits.layer_types[index] if traits.layer_types else "", window) for index, window in windows.items()}
+    if not traits.is_ordered and len(masks) > len({name for name, _ in masks}):
+        raise ValueError(f"SinkCache gives one mask to all layers of a type, and those of {name} differ in their windows.")
+
+
+def check_same(model: torch.nn.Module, bound: torch.nn.Module | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse another model than the model to which a cache is bound, or one that has changed since."""
+    change = None
+    if bound is not model:
+        change = f"This cache was made for another model, and its keys mean nothing to this {type(model).__name__}"
+    elif (dtype, device) != (model.dtype, model.device):
+        change = f"The model is now in {model.dtype} on {model.device}, and this cache was made for it in {dtype} on {device}"
+    if change is not None:
+        raise ValueError(f"{change}. Make a new one with SinkCache.from_model(model, ...).")
+
+
 def check_mode(model: torch.nn.Module) -> None:
     """Refuse a model in a mode in which it passes by the cache, or computes something else each time."""
     if model.training and model.is_gradient_checkpointing:
@@ -186,8 +203,7 @@ def check_mode(model: torch.nn.Module) -> None:
         )
     if model.training and (dropout := dropout_of(model)) is not None:
         raise ValueError(
-            f"The model is in training mode with dropout ({dropout}), where the same tokens give other keys in each pass. Call "
-            "model.eval() first."
+            f"The model is in training mode with dropout ({dropout}): each pass gives other keys. Call model.eval() first."
         )
     device = input_device(model).type
     if is_autocast_enabled(device):

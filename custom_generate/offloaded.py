@@ -7,7 +7,7 @@ from functools import cache, cached_property
 import torch
 
 from .layers import MIN_SLOTS, Ring, undone
-from .plan import Pass, Plan
+from .plan import Plan
 from .stream import Stream
 from .window import Window
 
@@ -26,8 +26,7 @@ class StoredRing(Ring):
 
     @torch.inference_mode(False)
     def allocate(self, batch_size: int) -> None:
-        self.forget()
-        self.slots = self.slots.new_zeros(batch_size, self.slots.shape[1], self.window.num_sinks, self.slots.shape[3])
+        super().allocate(batch_size, self.window.num_sinks)
 
     def update(self, plan: Plan, new: torch.Tensor, held: torch.Tensor | None = None) -> torch.Tensor:
         held = torch.cat([self.slots, self.fetch(plan)], dim=2)
@@ -74,10 +73,6 @@ class OffloadedRing(StoredRing):
         """For the host itself, which waits for copies under way."""
         finish_copies(self.slots.device)
         return self.host.permute(1, 2, 0, 3)
-
-    @property
-    def num_bytes_on_host(self) -> int:
-        return self.host.nbytes
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
         self._reserve(num_tokens)
@@ -148,6 +143,8 @@ class OffloadedRing(StoredRing):
 
 
 class OffloadedStream(Stream):
+    plan_of = OffloadedPlan
+
     def __init__(self, *args):
         self.chains: dict[tuple, list[OffloadedRing]] = {}
         super().__init__(*args)
@@ -155,9 +152,6 @@ class OffloadedStream(Stream):
     def new_ring(self, window: Window, *how, kind: str | None = None) -> Ring:
         chain = self.chains.setdefault((window, how[-1], kind), [])  # the last argument is the device
         return OffloadedRing(chain, window, *how) if kind else Ring(window, *how)
-
-    def plan_of(self, current: Pass, window: Window, device: torch.device) -> OffloadedPlan:
-        return OffloadedPlan(window, current, device)
 
 
 @cache

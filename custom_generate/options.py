@@ -80,7 +80,6 @@ class Call:
         num_beams = self.option("num_beams") or 1
         self.has_beams = num_beams > 1
         self.drafting_options = [name for name in DRAFTING_OPTIONS if self.option(name) is not None]
-        self.is_assisted = len(self.drafting_options) > 0
         self.num_copies = max(num_beams, self.option("num_return_sequences") or 1)
         self.chunk_size = self.option("prefill_chunk_size")
 
@@ -102,7 +101,6 @@ class Call:
         return getattr(self.model.generation_config, name, None) if value is None else value
 
     def refuse_unsupported(self) -> None:
-        """Refuse, before anything is run, what can't be exact."""
         for name, reason in UNSUPPORTED_OPTIONS.items():
             value = self.asked(name) if name in CACHE_OPTIONS else self.option(name)
             if value is not None and value is not False and value not in SERVED_VALUES.get(name, ()):
@@ -129,7 +127,6 @@ class Call:
 
     @property
     def cache_arguments(self) -> dict:
-        """The arguments of `SinkCache` for a new cache."""
         sizes = {name: self.option(name) for name in CACHE_SIZES}
         return {name: value for name, value in sizes.items() if value is not None} | self.cache_mode
 

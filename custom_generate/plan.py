@@ -1,7 +1,6 @@
 """One forward pass: how many tokens come, what is written where, what each query sees, and how far the sinks move.
 
-A pass is decided before the model runs, and stays as it is. `Pass` says what comes, `Plan` what it does in the layers of one
-window.
+A pass is decided before the model runs, and stays as it is: what comes (`Pass`), and what it does to each window (`Plan`).
 """
 
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ class Pass:
         is_ordered: keys are handed out in the order of their tokens.
         is_prepared: positions and masks come from `prepare`, not from the model.
         is_recorded: what the pass evicts is kept, so that it can be rolled back.
-        can_be_repeated: nothing that a second try needs is overwritten (a single token may overwrite the oldest one).
     """
 
     num_seen: list[int]
@@ -37,7 +35,6 @@ class Pass:
     is_ordered: bool = False
     is_prepared: bool = True
     is_recorded: bool = False
-    can_be_repeated: bool = True
 
     @property
     def part_length(self) -> int:
@@ -105,19 +102,19 @@ class Plan:
         return torch.tensor(self.current.num_seen, device=self.device)[:, None]
 
     @cached_property
-    def _num_padding(self) -> torch.Tensor:
-        return self.num_columns - torch.tensor(self.current.num_new, device=self.device)[:, None]
+    def _is_token(self) -> torch.Tensor:
+        return last_columns(self.current.num_new, self.num_columns, self.device)
 
     @cached_property
     def tokens(self) -> torch.Tensor:
         """The number of the token in each column, `[rows, columns]`; for padding, a seen or a negative number."""
-        return self._num_seen + torch.arange(self.num_columns, device=self.device) - self._num_padding
+        after = torch.tensor(self.current.num_after, device=self.device)[:, None]
+        return after + torch.arange(-self.num_columns, 0, device=self.device)
 
     def _entries(self) -> tuple:
         """`rows, slots, columns` of the new tokens that are still held after the pass."""
-        is_padding = torch.arange(self.num_columns, device=self.device) < self._num_padding
         is_held = self.window.sees(self.tokens[:, -1:], self.tokens)  # what the last token sees
-        rows, columns = (~is_padding & is_held).nonzero(as_tuple=True)
+        rows, columns = (self._is_token & is_held).nonzero(as_tuple=True)
         slots = self.window.slot(self.tokens[rows, columns])
         return slice(None) if self.is_uniform else rows, slots, columns
 
@@ -198,10 +195,14 @@ class Plan:
         held = window.token(slot, self._num_seen)[:, None]
         recent = (held < self._num_seen[:, :, None]) & window.sees(query, held)
         token = self.tokens[:, None, :]
-        is_padding = torch.arange(self.num_columns, device=device) < self._num_padding
-        new = ~is_padding[:, None, :] & (token >= window.num_sinks) & window.sees(query, token)
-        itself = torch.eye(self.num_columns, dtype=torch.bool, device=device) & is_padding[:, :, None]
+        new = self._is_token[:, None] & (token >= window.num_sinks) & window.sees(query, token)
+        itself = torch.eye(self.num_columns, dtype=torch.bool, device=device) & ~self._is_token[:, :, None]
         return torch.cat([sinks.expand(len(query), -1, -1), recent, new | itself], dim=-1)
+
+
+def last_columns(num: list[int], num_columns: int, device: torch.device) -> torch.Tensor:
+    """Whether a column is among the last `num` ones of its row, `[rows, num_columns]`."""
+    return torch.arange(num_columns, device=device) >= num_columns - torch.tensor(num, device=device)[:, None]
 
 
 def as_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

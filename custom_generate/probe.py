@@ -15,7 +15,6 @@ from .models import (
     SLIDING_MASKS,
     LayerTraits,
     ModelTraits,
-    check_is_decoder,
     check_mode,
     find_max_positions,
     frequency_buffers,
@@ -108,12 +107,17 @@ def _find_model_traits(model: torch.nn.Module, window_length: int) -> ModelTrait
     if not is_ordered:
         probe.check_that_the_mask_alone_says_what_is_seen()
     probe.check_lengths(has_rotation)
+    recurrent_states = {
+        index: {name: state[:0].clone() for name, state in named_states(layer).items()}
+        for index, layer in enumerate(probe.cache.layers)
+        if isinstance(layer, LinearAttentionLayer)
+    }
     return ModelTraits(
         layers=layers,
         rebase_at=probe.rebase_at,
         max_positions=probe.max_positions,
         is_ordered=is_ordered,
-        recurrent_states=probe.recurrent_states(),
+        recurrent_states=recurrent_states,
         noted_layers=noted_layers,
         splits_exactly=splits_exactly,
         is_chunked=probe.is_chunked,
@@ -136,7 +140,6 @@ class Probe:
 
     def __init__(self, model: torch.nn.Module, window_length: int):
         self.model, self.name, self.window_length = model, type(model).__name__, window_length
-        check_is_decoder(model)
         self.device, self.dtype = input_device(model), model.dtype
         self.config = model.config.get_text_config(decoder=True)
         self.accepted = inspect.signature(model.forward).parameters
@@ -222,14 +225,6 @@ class Probe:
             shapes = tuple((each.shape[1], each.shape[3]) for each in (keys, values))
             traits.append(LayerTraits(native_window, rotations, shapes, keys.dtype, keys.device))
         return tuple(traits)
-
-    def recurrent_states(self) -> dict[int, dict[str, torch.Tensor]]:
-        """What the layers hold beside keys and values, without the rows."""
-        return {
-            index: {name: state[:0].clone() for name, state in named_states(layer).items()}
-            for index, layer in enumerate(self.cache.layers)
-            if isinstance(layer, LinearAttentionLayer)
-        }
 
     def check_that_no_token_sees_later_ones(self) -> None:
         """Texts 0 and 2 differ only in their third token; if earlier keys differ, the model is not causal."""
@@ -358,12 +353,11 @@ class Probe:
 
     def _native_window(self, index: int, layer) -> int | str | None:
         """The sliding window of a layer of the model's own cache: None for full attention, `NO_KEYS` for a layer without keys."""
-        if type(layer) in FULL_ATTENTION or self.is_chunked and self.layer_types[index] == CHUNKED:
+        is_indexed = type(layer) is IndexedLayer and hasattr(self.config, "index_topk")
+        if type(layer) in FULL_ATTENTION or is_indexed or self.is_chunked and self.layer_types[index] == CHUNKED:
             return None
         if type(layer) in SLIDING_ATTENTION:
             return layer.sliding_window
-        if type(layer) is IndexedLayer and hasattr(self.config, "index_topk"):
-            return None
         if type(layer) in (LinearAttentionLayer, DummyLayer):
             return NO_KEYS
         raise self._refusal(f"layer {index} keeps another kind of state ({type(layer).__name__})", BOUNDED)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers.utils import logging
 
-from .doors import check_tensors, count_tokens
+from .doors import check_tensors, check_tokens
 from .options import TOKEN_TYPES, Call, refusal
+from .plan import last_columns
 from .releases import input_device
 
 SEE_EACH_OTHER = (
@@ -54,9 +55,8 @@ class Prompt:
     def last(self, num_tokens: list[int]) -> "Prompt":
         """The last tokens of each row."""
         num_columns = max(num_tokens)
-        column = torch.arange(num_columns, device=self.tokens.device)
-        mask = column >= num_columns - torch.tensor(num_tokens, device=self.tokens.device)[:, None]
-        return Prompt(self.tokens[:, -num_columns:], None if bool(mask.all()) else mask.long(), self.name)
+        mask = None if min(num_tokens) == num_columns else last_columns(num_tokens, num_columns, self.tokens.device).long()
+        return Prompt(self.tokens[:, -num_columns:], mask, self.name)
 
 
 def whole_prompt(call: Call, cache) -> Prompt:
@@ -104,28 +104,19 @@ def unseen_part(prompt: Prompt, cache, num_copies: int = 1) -> Prompt:
     Raises:
         ValueError: it can't be told, or the text is not the one that the cache has seen.
     """
-    if prompt.tokens is None or 0 in prompt.tokens.shape:
-        raise ValueError("An empty prompt: pass input_ids with at least one token.")
-    if prompt.tokens.ndim != (3 if prompt.name == "inputs_embeds" else 2):
-        shape = tuple(prompt.tokens.shape)
-        raise ValueError(f"A prompt must have the shape [batch, num_tokens], got {shape}. One text is input_ids[None].")
-    if num_copies > 1 and cache.batch_size == len(prompt.tokens) * num_copies:
+    if num_copies > 1 and prompt.tokens is not None and cache.batch_size == len(prompt.tokens) * num_copies:
         prompt = prompt.repeat(num_copies)  # for a cache that beams or several return sequences have left
+    num_tokens = check_tokens(prompt.tokens, 3 if prompt.name == "inputs_embeds" else 2, prompt.mask, cache)
     num_rows, num_columns = prompt.tokens.shape[:2]
-    if cache.batch_size not in (-1, num_rows):
-        raise ValueError(
-            f"The cache that is passed holds {cache.batch_size} rows, and the prompt has {num_rows}. Pass as many rows, a new "
-            "cache, or one brought to that size with batch_select_indices or batch_repeat_interleave."
-        )
+    num_tokens *= num_rows // len(num_tokens)  # without a mask, it is one number for all
     num_seen, returned = cache.get_seq_length(), cache.unseen_token_ids or [None] * num_rows
-    mask_of_all = (num_rows, num_seen + num_columns)
-    only_new = num_seen > 0 and prompt.mask is not None and prompt.mask.shape == mask_of_all
-    if only_new:  # the way of transformers: the new tokens, and a mask for all
-        prompt = replace(prompt, mask=prompt.mask[:, -num_columns:])
-    if prompt.mask is not None and prompt.mask.shape != (num_rows, num_columns):
-        others = f" or, with only the new tokens of a text in input_ids, {mask_of_all}" if num_seen else ""
-        raise ValueError(f"attention_mask has shape {tuple(prompt.mask.shape)}, and must have {(num_rows, num_columns)}{others}.")
-    num_tokens = [num_columns] * num_rows if prompt.mask is None else count_tokens(prompt.mask)
+    num_masked = num_columns if prompt.mask is None else prompt.mask.shape[1]
+    only_new = num_masked > num_columns  # the way of transformers: the new tokens, and a mask for all
+    if only_new and num_masked != num_seen + num_columns:
+        raise ValueError(
+            f"attention_mask has {num_masked} columns, and must have {num_columns} or, with only the new tokens of a text in "
+            f"input_ids, {num_seen + num_columns}."
+        )
     if num_seen > 0 and not only_new:
         ids = prompt.tokens.tolist() if prompt.name == "input_ids" else [[None] * num_columns] * num_rows
         num_tokens = [SeenRow(cache, row).num_new(ids[row], num, prompt.padding_id) for row, num in enumerate(num_tokens)]
@@ -210,22 +201,20 @@ class SeenRow:
             return num_behind if num_behind > 0 else None
         if num_behind > 0 and not self._differences(ids):
             return num_behind
-        overlap = self._overlap(ids) if num_tokens == self.window_length else 0
-        if overlap > 0 and (ids[0] != self.unseen or ids[overlap] == self.unseen):
+        overlap = self._overlap(ids)
+        if overlap > 0 and num_tokens == self.window_length and (ids[0] != self.unseen or ids[overlap] == self.unseen):
             return num_tokens - overlap
         if self.unseen is not None and ids[0] != self.unseen or num_behind > 0:
             return None
-        is_unseen = num_tokens == 1 and self.unseen is not None
-        return num_tokens if is_unseen or not (self._begins(ids) or self._is_end(ids)) else None
+        if num_tokens == 1 and self.unseen is not None:
+            return num_tokens
+        # Whether two tokens or more repeat the end of the text, before the one that was returned last.
+        is_end = min(overlap, len(self.recent)) > 1 and ids[overlap] == self.unseen
+        return None if is_end or self._begins(ids) else num_tokens
 
     def _begins(self, ids: list[int]) -> bool:
         """Whether the tokens begin as the text does, as far as that is known."""
         return len(self.first) > 0 and ids[: len(self.first)] == self.first[: len(ids)]
-
-    def _is_end(self, ids: list[int]) -> bool:
-        """Whether the tokens repeat the last tokens of the text, two or more, before the token that was returned last."""
-        overlap = self._overlap(ids)
-        return min(overlap, len(self.recent)) > 1 and ids[overlap] == self.unseen
 
     def _overlap(self, ids: list[int]) -> int:
         """The largest number of tokens at their beginning that are the last ones of the text, if new ones follow."""

@@ -8,7 +8,7 @@ import torch
 
 from .layers import Ring, selected, take_slots, undone
 from .offloaded import StoredRing
-from .plan import Pass, Plan
+from .plan import Plan
 from .stream import Stream
 from .window import Window
 
@@ -32,8 +32,7 @@ class Quantization:
     Args:
         backend: "quanto" and "hqq" call optimum.quanto or hqq, which have to be installed; "fp8" is torch's float8_e4m3fn.
         nbits: bits of a code. 2 or 4 with quanto; 1, 2, 3 (which take the room of 4), 4 or 8 with hqq; not to be given with fp8.
-        axis_key, axis_value: which groups. With quanto -1 is each channel and 0 a token, with hqq 0 and 1; not to be given with
-            fp8, which takes tokens.
+        axis_key, axis_value: which groups. With quanto -1 is each channel and 0 a token, with hqq 0 and 1. (fp8 takes tokens.)
         q_group_size: numbers in a group, and tokens in a block; a multiple of 8.
         residual_length: the most recent tokens that are not quantized.
 
@@ -73,9 +72,8 @@ class Quantization:
             found = f"{cache_config!r} ({type(cache_config).__name__})"
             raise ValueError(f"cache_config (quantized= of a SinkCache) must be a dict, got {found}.")
         names = [option.name for option in fields(cls)]
-        for name in cache_config:
-            if name not in names:
-                raise ValueError(f"cache_config has no option {name}. It takes {', '.join(names)}.")
+        for name in cache_config.keys() - names:
+            raise ValueError(f"cache_config has no option {name}. It takes {', '.join(names)}.")
         return cls(**{name: value for name, value in cache_config.items() if value is not None})
 
     def check_window(self, window_length: int, num_sink_tokens: int) -> None:
@@ -238,10 +236,6 @@ class QuantizedRing(StoredRing):
         self.quantization, self.by_channel = quantization, by_channel
 
     @property
-    def num_intact(self) -> int:
-        return self.window.num_sinks + self.quantization.min_recent
-
-    @property
     def tensors(self) -> list[torch.Tensor]:
         return [*super().tensors, *self.blocks, *(part for _, parts in self.block_log for part in parts)]
 
@@ -321,15 +315,16 @@ class QuantizedStream(Stream):
     def __init__(self, window: Window, layers: dict, quantization: Quantization):
         self.quantization = quantization
         super().__init__(window, layers)
+        unquantized = [each.num_sinks + quantization.min_recent for each, _ in self.places if self._quantizes(each)]
+        self.num_intact = min(self.num_intact, *unquantized)
 
     def new_ring(self, window: Window, *how, kind: str | None = None) -> Ring:
         if kind is None or not self._quantizes(window):
             return Ring(window, *how)
         return QuantizedRing(self.quantization, self.quantization.by_channel(kind), window, *how)
 
-    def plan_of(self, current: Pass, window: Window, device: torch.device) -> Plan:
-        how = window, current, device
-        return QuantizedPlan(self.quantization, *how) if self._quantizes(window) else Plan(*how)
+    def plan_of(self, window: Window, *how) -> Plan:
+        return QuantizedPlan(self.quantization, window, *how) if self._quantizes(window) else Plan(window, *how)
 
     def _quantizes(self, window: Window) -> bool:
         """Native windows may be too short."""

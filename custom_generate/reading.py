@@ -110,11 +110,9 @@ class ReadableCache(Cache):
         return self.stream.layers.get(layer_idx) or self.stream.layers[self.stream.first_layer]
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """What a layer calls behind `update` to choose what it attends to. `[batch, num_columns, dim]` in, `[batch, kv_length,
-        dim]` out.
+        """What a layer calls to choose what it attends to: `[batch, num_columns, dim]` in, `[batch, kv_length, dim]` out.
 
-        It may choose as many keys as the window holds, and so takes all that are visible, whatever they look like to it: none is
-        kept.
+        It may choose as many keys as the window holds, and so takes all that are visible, whatever they are: none is kept.
         """
         batch_size, _, dim = indexer_key_states.shape
         return indexer_key_states.new_zeros(1).expand(batch_size, self.layers[layer_idx].plan.kv_length, dim)
@@ -145,7 +143,7 @@ class ReadableCache(Cache):
     @property
     def num_bytes_on_host(self) -> int:
         """Those of `num_bytes_held` that are offloaded."""
-        return 0 if self.stream is None else sum(ring.num_bytes_on_host for ring in self.stream.rings)
+        return sum(ring.host.nbytes for ring in self.stream.rings) if self.is_offloaded and self.stream is not None else 0
 
     @property
     def takes_parts(self) -> bool:

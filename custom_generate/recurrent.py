@@ -91,22 +91,6 @@ class RecurrentStates:
                 states = {name: state.new_zeros(batch_size, *state.shape[1:]) for name, state in states.items()}
                 restore_recurrent(layer, states, [False] * len(has_previous_state(layer)))
 
-    def check(self, current: Pass) -> None:
-        """Refuse a pass in which a row that goes on has padding in front of its tokens."""
-        for row, (seen, new) in enumerate(zip(current.num_seen, current.num_new)):
-            if seen > 0 and new not in (0, current.num_columns):
-                raise ValueError(
-                    f"Row {row} of the batch goes on by {new} tokens and another one by {current.num_columns}: the padding "
-                    "between would change its recurrent states as if it were text. Split the pass so that in each part a row has "
-                    "tokens in all columns or in none, or generate with custom_generate, which does."
-                )
-
-    def end_gradients(self) -> None:
-        """What is held has no history, or a graph would grow with the text."""
-        for state in self.tensors.values():
-            if state.requires_grad:
-                state.detach_()
-
     def begin(self, current: Pass) -> None:
         """Keep the states of idle rows."""
         num_new = current.num_new * (current.batch_size // len(current.num_new))
@@ -114,8 +98,12 @@ class RecurrentStates:
         states = self.tensors if rows and any(current.num_seen) else {}
         self.idle = {name: (rows, state[rows]) for name, state in states.items()}
 
-    def put_back_idle(self) -> None:
+    def settle(self) -> None:
+        """After a pass: put back the states of idle rows. What is held has no history, or a graph would grow with the text."""
         states = self.tensors
+        for state in states.values():
+            if state.requires_grad:
+                state.detach_()
         for name, (rows, idle) in self.idle.items():
             states[name][rows] = idle
         self.idle = {}

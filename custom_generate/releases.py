@@ -41,10 +41,7 @@ IndexedLayer = layer_class("DynamicIndexedLayer")
 LinearAttentionLayer = layer_class("LinearAttentionLayer")
 DummyLayer = layer_class("DummyLayer")
 FULL_ATTENTION = layer_class("DynamicLayer"), layer_class("LinearAttentionAndFullAttentionLayer")
-SLIDING_ATTENTION = (
-    layer_class("DynamicSlidingWindowLayer"),
-    layer_class("LinearAttentionAndSlidingWindowAttentionLayer"),
-)
+SLIDING_ATTENTION = layer_class("DynamicSlidingWindowLayer"), layer_class("LinearAttentionAndSlidingWindowAttentionLayer")
 
 
 def own_layers(config) -> list:
@@ -86,11 +83,6 @@ class NotingCache(NotesRecurrentLayers, DynamicCache):
         self.layers_reached = set()
 
 
-def num_states(layer) -> int:
-    """How many convolutional states a layer has; it has as many recurrent ones (several since 5.14)."""
-    return getattr(layer, "number_of_states", 1)
-
-
 def named_states(layer) -> dict[str, torch.Tensor]:
     """The recurrent and convolutional states of a layer, by names that say where they belong: `conv_states.0`."""
     kinds = {name: getattr(layer, name) for name in ("conv_states", "recurrent_states")}
@@ -99,7 +91,7 @@ def named_states(layer) -> dict[str, torch.Tensor]:
 
 
 def has_previous_state(layer) -> list[bool]:
-    """For each state of a layer, whether any token has been through it."""
+    """For each convolutional state of a layer (several since 5.14), whether any token has been through it."""
     flags = layer.has_previous_state
     return list(flags.values()) if isinstance(flags, dict) else [flags]
 
@@ -147,9 +139,9 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The model of transformers inside of what torch.compile, PEFT or DataParallel puts around it.
 
     Raises:
-        ValueError: the wrapper adds virtual tokens (prompt learning).
+        ValueError: the wrapper adds virtual tokens (prompt learning), or the model is no decoder.
     """
-    check_prompt_learning(model)
+    wrapper = model
     while not isinstance(model, PreTrainedModel):
         if hasattr(model, "get_base_model"):  # PEFT
             model = model.get_base_model()
@@ -158,16 +150,17 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
         else:
             break
     # PEFT replaces this method of the model, so that it leads to the wrapper.
-    check_prompt_learning(getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", model))
+    method = getattr(model, "prepare_inputs_for_generation", None)
+    for each in (wrapper, getattr(method, "__self__", model)):
+        peft_config = getattr(each, "active_peft_config", None)
+        if getattr(peft_config, "is_prompt_learning", False):
+            raise ValueError(
+                f"SinkCache can't serve {type(each).__name__} with {peft_config.peft_type.value}: its virtual tokens would pass "
+                "by the cache, which could neither count nor hold them. Adapters that change weights (LoRA) work."
+            )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"SinkCache serves decoder-only models, and {type(model).__name__} is an encoder-decoder model.")
     return model
-
-
-def check_prompt_learning(model: torch.nn.Module) -> None:
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(
-            f"SinkCache can't serve {type(model).__name__} with {model.active_peft_config.peft_type.value}: its virtual tokens "
-            "would pass by the cache, which could neither count nor hold them. Adapters that change weights (LoRA) work."
-        )
 
 
 def is_autocast_enabled(device_type: str) -> bool:

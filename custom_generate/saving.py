@@ -1,5 +1,4 @@
-"""A cache on disk: a safetensors file with its tensors and, in the metadata, its numbers as JSON. Nothing of a file is
-executed."""
+"""A cache on disk: a safetensors file of its tensors, with its numbers as JSON in the metadata. Nothing of it is executed."""
 
 import json
 import os
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 
 from .layers import Ring
 from .quantized import Quantization
-from .releases import has_previous_state, num_states, restore_recurrent
+from .releases import has_previous_state, restore_recurrent
 from .stream import KINDS, Stream
 
 SAVED_FORMAT = 2
@@ -24,8 +23,7 @@ NOT_SETTINGS = frozenset(
 
 
 def save_cache(cache, path: str | os.PathLike) -> None:
-    """`SinkCache.save`: to a file beside it first, so that there is never half of a file under this name. What was recorded for a
-    roll-back is left out."""
+    """`SinkCache.save`: to a file beside it first, so that there is never half of one. What was recorded is left out."""
     cache.require_model()
     if cache.stream.current is not None or cache.is_interrupted:
         raise ValueError(
@@ -60,7 +58,6 @@ def save_cache(cache, path: str | os.PathLike) -> None:
 
 
 def load_cache(cls, path: str | os.PathLike, model: torch.nn.Module, expected: dict):
-    """`SinkCache.load`."""
     saved = SavedFile(path)
     arguments, here, there = saved.number("arguments"), settings_of(model), saved.number("model")
     for name, value in expected.items():
@@ -147,9 +144,9 @@ class SavedFile:
                 name: self._take(f"layers.{index}.recurrent.{name}", state, batch_size).to(state.device)
                 for name, state in cache.traits.recurrent_states[index].items()
             }
-            flags = self.number("has_previous_state").get(str(index))
-            if not isinstance(flags, list) or len(flags) != num_states(layer):
-                raise self.misfit(f"layer {index} has {flags!r:.50} states in the file, and {num_states(layer)} in this model")
+            flags, num_states = self.number("has_previous_state").get(str(index)), len(has_previous_state(layer))
+            if not isinstance(flags, list) or len(flags) != num_states:
+                raise self.misfit(f"layer {index} has {flags!r:.50} states in the file, and {num_states} in this model")
             restore_recurrent(layer, states, flags)
 
     def _take(self, name: str, like: torch.Tensor, num_rows: int) -> torch.Tensor:

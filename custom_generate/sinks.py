@@ -35,7 +35,6 @@ class Sinks:
         return [tensor for tensor in (self.pristine, self._ahead, self.for_queries) if tensor is not None]
 
     def allocate(self, batch_size: int) -> None:
-        """Begin with no tokens."""
         _, num_heads, _, head_dim = self.rings[0].slots.shape
         shape = 2, len(self.rings), batch_size, num_heads, self.window.num_sinks, head_dim
         self.pristine = torch.zeros(shape, dtype=torch.float32, device=self.rings[0].slots.device)
@@ -78,8 +77,7 @@ class Sinks:
         self.moved_by = shifts
 
     def cos_sin_at(self, shifts: list[int]) -> torch.Tensor:
-        """`cos_sin` for a number a row, `[2, rows, 1, num_sinks, head_dim]`. For rows that are alike, the next shifts are
-        computed ahead."""
+        """`cos_sin` for a number a row, `[2, rows, 1, num_sinks, head_dim]`; for a single number, the next are computed ahead."""
         if len(shifts) > 1:
             return self.cos_sin(torch.tensor(shifts)[:, None])
         if self._ahead is None or not 0 <= shifts[0] - self._first_ahead < NUM_SHIFTS_AHEAD:

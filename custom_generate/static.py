@@ -73,8 +73,7 @@ class Cursor:
         self.visible.copy_(as_mask(visible, self.visible.dtype))
 
     def write(self, held: torch.Tensor, new: torch.Tensor) -> None:
-        """Put the token of each row, with the sinks in front of it if they moved, where they go: `[batch, heads, num,
-        head_dim]`."""
+        """Put the token of each row, `[batch, heads, 1, head_dim]`, in its slot; the sinks too, if they stand in front of it."""
         slots = self.slots[:, -new.shape[2] :]
         if self.has_idle_rows:  # what stands where their next token goes may still be seen
             before = held[self.rows[:, None], :, slots[:, -1:]].transpose(1, 2)
@@ -89,10 +88,10 @@ class StaticRing(Ring):
     """A ring whose slots are allocated at once, and stay where they are."""
 
     def allocate(self, batch_size: int) -> None:
-        self.forget()
-        if batch_size not in (0, len(self.slots)):  # else they stay: no query sees what is left in them
-            num_heads, head_dim = self.slots.shape[1], self.slots.shape[3]
-            self.slots = self.slots.new_zeros(batch_size, num_heads, self.window.length, head_dim)
+        if batch_size in (0, len(self.slots)):
+            self.forget()  # the memory stays: no query sees what is left in it
+        else:
+            super().allocate(batch_size, self.window.length)
             keep_in_place(self.slots)
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
@@ -103,7 +102,8 @@ class StaticRing(Ring):
         if isinstance(plan, Plan):
             return super().update(plan, new, held)
         if self.sinks is not None:
-            new = torch.cat([self.sinks.rotated(self.number).to(new.dtype), new], dim=2)  # one write, once it is compiled
+            sinks = rotate(self.sinks.pristine[:, self.number], self.sinks.turn)  # where the query of this pass needs them
+            new = torch.cat([sinks.to(new.dtype), new], dim=2)  # one write, once it is compiled
         plan.write(self.slots, new)
         return self.slots
 
@@ -135,10 +135,6 @@ class StaticSinks(Sinks):
         self.turn.copy_(cos_sin)
         self.moved_by = [-shift for shift in plan.shifts]  # equals no shift: an interrupted pass moves sinks of some layers only
 
-    def rotated(self, number: int) -> torch.Tensor:
-        """The sinks of one ring, where the query of this pass needs them: float32."""
-        return rotate(self.pristine[:, number], self.turn)
-
     def allocate(self, batch_size: int) -> None:
         if self.pristine is not None and batch_size in (0, self.pristine.shape[2]):
             self.forget()  # the memory stays
@@ -149,6 +145,8 @@ class StaticSinks(Sinks):
 
 class StaticStream(Stream):
     """A stream whose passes over one token are plans in tensors."""
+
+    new_sinks = StaticSinks
 
     def __init__(self, *args):
         self.cursors: dict[tuple[Window, torch.device], Cursor] = {}
@@ -161,10 +159,7 @@ class StaticStream(Stream):
     def new_ring(self, window: Window, *how, kind: str | None = None) -> StaticRing:
         return StaticRing(window, *how)
 
-    def new_sinks(self, rings: list[Ring]) -> StaticSinks:
-        return StaticSinks(rings)
-
-    def plan_of(self, current: Pass, window: Window, device: torch.device) -> Plan | Cursor:
+    def plan_of(self, window: Window, current: Pass, device: torch.device) -> Plan | Cursor:
         if not (current.is_prepared and current.num_columns == max(current.num_new) == 1):
             return Plan(window, current, device)
         cursor = self.cursors.get((window, device))

@@ -31,6 +31,7 @@ class Stream:
         ids: ids of the tokens held, as a ring that does not move; `knows_ids` is False if some tokens came without ids.
         places: the layers, and the groups of sinks that move alike, of each window and device. The place of `ids` comes first.
         num_recorded: tokens that can be rolled back.
+        num_intact: the longest text that can be rolled back without a log: nothing of it has been evicted.
     """
 
     def __init__(self, window: Window, layers: dict):
@@ -55,19 +56,16 @@ class Stream:
             self.places[place[:2]][1].append(group)
         self.rings = [ring for layer in self.layers.values() for ring in layer.rings]
         self.first_layer, self.last_layer = min(layers), max(layers)
+        self.shortest_length = self.num_intact = min(window.length for window, _ in self.places)
         self.clear()
 
     # Other ways to hold a window replace these three.
 
+    new_sinks, plan_of = Sinks, Plan
+
     def new_ring(self, window: Window, *how, kind: str | None = None) -> Ring:
         """For the keys or the values of a layer, or (kind None) for ids. `how` are the other arguments of a `Ring`."""
         return Ring(window, *how)
-
-    def new_sinks(self, rings: list[Ring]) -> Sinks:
-        return Sinks(rings)
-
-    def plan_of(self, current: Pass, window: Window, device: torch.device) -> Plan:
-        return Plan(window, current, device)
 
     @property
     def num_tokens(self) -> list[int]:
@@ -90,7 +88,7 @@ class Stream:
         self.num_seen, self.base = current.num_seen, current.base
         self.current, self.has_begun, self.input_ids, self.plans = current, False, input_ids, []
         for (window, device), (layers, groups) in self.places.items():
-            plan = self.plan_of(current, window, device)
+            plan = self.plan_of(window, current, device)
             self.plans.append(plan)
             for layer in layers:
                 layer.plan = plan
@@ -132,7 +130,6 @@ class Stream:
         self.current = None
 
     def _rebase(self, base: list[int]) -> None:
-        """Lower positions, to a new base."""
         num_rows = max(len(base), len(self.base))
         before, after = (each * (num_rows // len(each)) for each in (self.base, base))
         if after != before:

@@ -385,9 +385,9 @@ def test_a_stop_that_is_known_one_step_late(model, monkeypatch):
         ({"num_return_sequences": 2, "do_sample": True}, "takes one text, and this would be 2"),
         ({"num_beams": 3}, "takes one text, and this would be 3"),
         ({"inputs": None, "inputs_embeds": torch.zeros(1, 5, 32)}, "can't begin with inputs_embeds"),
-        ({"assistant_early_exit": 3}, "one of the first 2 of the 3 layers, got 3"),
-        ({"assistant_early_exit": 0}, "one of the first 2 of the 3 layers, got 0"),
-        ({"assistant_early_exit": "one"}, "one of the first 2 of the 3 layers, got 'one'"),
+        ({"assistant_early_exit": 3}, "one of the first 2 of 3 layers, got 3"),
+        ({"assistant_early_exit": 0}, "one of the first 2 of 3 layers, got 0"),
+        ({"assistant_early_exit": "one"}, "one of the first 2 of 3 layers, got 'one'"),
     ],
 )
 def test_what_can_not_be_assisted(model, options, message, monkeypatch):

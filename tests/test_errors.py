@@ -35,16 +35,16 @@ def untouched(model, monkeypatch):
 @pytest.mark.parametrize(
     "numbers, message",
     [
-        ({"window_length": 0}, "window_length must be at least 1, got 0"),
-        ({"window_length": -5}, "window_length must be at least 1, got -5"),
-        ({"window_length": 16.0}, r"window_length must be an int, got 16.0 \(float\)"),
-        ({"window_length": "16"}, r"window_length must be an int, got '16' \(str\)"),
-        ({"window_length": True, "num_sink_tokens": 0}, r"window_length must be an int, got True \(bool\)"),
-        ({"num_sink_tokens": -1}, "num_sink_tokens must be at least 0 and less than window_length=256, got -1"),
+        ({"window_length": 0}, "window_length must be an int of at least 1, got 0"),
+        ({"window_length": -5}, "window_length must be an int of at least 1, got -5"),
+        ({"window_length": 16.0}, r"window_length must be an int of at least 1, got 16.0 \(float\)"),
+        ({"window_length": "16"}, r"window_length must be an int of at least 1, got '16' \(str\)"),
+        ({"window_length": True, "num_sink_tokens": 0}, r"window_length must be an int of at least 1, got True \(bool\)"),
+        ({"num_sink_tokens": -1}, r"num_sink_tokens must be an int of at least 0, got -1 \(int\)"),
         ({"num_sink_tokens": 256}, "less than window_length=256, got 256"),
         ({"window_length": 4}, "less than window_length=4, got 4"),
-        ({"num_sink_tokens": 2.5}, r"num_sink_tokens must be an int, got 2.5 \(float\)"),
-        ({"window_length": torch.tensor(64)}, r"window_length must be an int, got tensor\(64\) \(Tensor\)"),
+        ({"num_sink_tokens": 2.5}, r"num_sink_tokens must be an int of at least 0, got 2.5 \(float\)"),
+        ({"window_length": torch.tensor(64)}, r"window_length must be an int of at least 1, got tensor\(64\) \(Tensor\)"),
     ],
 )
 def test_numbers_that_make_no_window(untouched, numbers, message):
@@ -130,8 +130,8 @@ def test_chunk_length(untouched):
 @pytest.mark.parametrize(
     "ids, mask, message",
     [
-        (torch.zeros(1, 0, dtype=torch.long), None, "empty prompt"),
-        (torch.arange(5), None, r"\[batch, num_tokens\], got \(5,\)"),
+        (torch.zeros(1, 0, dtype=torch.long), None, r"No tokens: pass input_ids .*at least one column; got shape \(1, 0\)"),
+        (torch.arange(5), None, r"\[batch, num_columns\] \(one text is input_ids\[None\]\).*got shape \(5,\)"),
         ([1, 2, 3], None, r"input_ids must be a Tensor, got \[1, 2, 3\] \(list\)"),
         (random_ids(5), "no", r"attention_mask must be a Tensor, got 'no' \(str\)"),
         (random_ids(5), torch.ones(1, 4), r"shape \(1, 4\), and must have \(1, 5\)"),
@@ -196,7 +196,7 @@ def test_keys_that_come_in_another_dtype():
 
 def test_a_cache_of_another_batch(model):
     cache = filled(model, num_rows=2)
-    with pytest.raises(ValueError, match="holds 2 rows, and the prompt has 3"):
+    with pytest.raises(ValueError, match="holds 2 rows, and 3 are passed.*batch_select_indices"):
         generate(random_ids(30, num_rows=3), model=model, past_key_values=cache)
     with pytest.raises(ValueError, match="holds 2 rows, and 3 are passed"):
         cache.prepare(random_ids(1, num_rows=3))
@@ -396,7 +396,7 @@ def test_what_a_first_user_passed(untouched):
     """Each of these gave an error of torch, or an error that says the contrary of the truth."""
     model, ids = untouched, random_ids(8)
     cases = [
-        ({"input_ids": ids[:, :0]}, "An empty prompt: pass input_ids with at least one token"),
+        ({"input_ids": ids[:, :0]}, "No tokens: pass input_ids .*with at least one column"),
         ({"input_ids": ids, "prefill_chunk_size": torch.tensor(4)}, r"prefill_chunk_size must be an int of at least 1, got tensor"),
         ({"input_ids": ids, "past_key_values": SinkCache}, "got the class SinkCache. Pass an object, "),
         ({"input_ids": ids, "cache_config": {"nbits": 4}}, 'Add cache_implementation="quantized", or leave it out'),
@@ -404,7 +404,7 @@ def test_what_a_first_user_passed(untouched):
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             generate(**arguments, model=model, max_new_tokens=2)
-    with pytest.raises(ValueError, match="An empty prompt"):
+    with pytest.raises(ValueError, match="No tokens: pass input_ids"):
         generate(ids[:, :0], model=model, pad_token_id=0, eos_token_id=1, max_new_tokens=2)
 
 

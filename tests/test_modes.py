@@ -403,10 +403,10 @@ def test_guidance_of_embeddings_and_from_a_generation_config(model):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"negative_prompt_ids": random_ids(4, num_rows=3)}, "negative_prompt_ids has 3 rows, and the prompt has 2"),
+        ({"negative_prompt_ids": random_ids(4, num_rows=3)}, "negative_prompt_ids has 3 rows, and the prompt 2. Pass as many"),
         ({"negative_prompt_ids": [[1, 2]]}, "negative_prompt_ids must be a Tensor"),
-        ({"negative_prompt_ids": random_ids(4, num_rows=2)[:, :0]}, "negative_prompt_ids can't.*empty prompt"),
-        ({"negative_prompt_ids": torch.tensor(3)}, "negative_prompt_ids can't.*must have the shape"),
+        ({"negative_prompt_ids": random_ids(4, num_rows=2)[:, :0]}, "negative_prompt_ids can't.*No tokens"),
+        ({"negative_prompt_ids": torch.tensor(3)}, r"negative_prompt_ids can't.*pass input_ids \[batch, num_columns\].*got shape"),
         ({"negative_prompt_attention_mask": torch.ones(2, 1)}, "mask belongs to another text.*Pass negative_prompt_ids"),
         (
             {"negative_prompt_ids": random_ids(1, num_rows=2), "negative_prompt_attention_mask": [[1], [1]]},

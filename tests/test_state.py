@@ -274,7 +274,7 @@ def widen(numbers, tensors):
         (set_to("arguments", "window_length", 1000), r"\[1, 2, 8, 8\] in the file, and torch.float32 \[1, 2, 20, 8\] here"),
         (set_to("arguments", "window_length", 4), r"\[1, 2, 8, 8\] in the file, and torch.float32 \[1, 2, 4, 8\] here"),
         (set_to("arguments", "window_length", "8"), "window_length must be an int"),
-        (set_to("arguments", "num_sink_tokens", 8), "num_sink_tokens must be at least 0 and less than window_length=8"),
+        (set_to("arguments", "num_sink_tokens", 8), "num_sink_tokens must be less than window_length=8, got 8"),
         (hold_a_million, r"\[1, 2, 8, 8\] in the file, and torch.float32 \[1, 2, 1000000, 8\] here"),
         (set_to("num_seen", [5, 6]), "can't be"),
         (set_to("num_seen", [-5]), "can't be"),
