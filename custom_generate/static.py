@@ -125,8 +125,6 @@ class StaticSinks(Sinks):
         if isinstance(plan, Plan):
             super().begin(plan)
             return
-        if self.are_new:
-            self.keep()
         self.are_new = plan.writes_sinks
         cos_sin = self.cos_sin_at(plan.shifts).expand(-1, len(plan.rows), -1, -1, -1)
         if self.turn.shape != cos_sin.shape:

@@ -113,6 +113,8 @@ class Stream:
             self.ids.update(self.plans[0], ids[:, None, :, None].to(self.ids.slots.device))
         for sinks in self.groups:
             sinks.for_queries = None  # memory of a long pass
+            if sinks.are_new:
+                sinks.keep()
         self.num_seen = done.num_after
         if done.is_recorded:
             self.num_recorded += min(done.num_new)
@@ -127,8 +129,6 @@ class Stream:
         """The open pass was interrupted, and can be begun anew: what was recorded of it is put back."""
         if self.current is not None and self.current.is_recorded:
             self.undo(self.num_seen)
-        for sinks in self.groups:
-            sinks.are_new = False  # the next try writes them
         self.current = None
 
     def _rebase(self, base: list[int]) -> None:
