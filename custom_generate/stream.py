@@ -110,7 +110,7 @@ class Stream:
         (done, ids), self.done, self.input_ids = (self.done, self.input_ids), None, None
         self.knows_ids = ids is not None and (self.knows_ids or not any(done.num_seen))
         if self.knows_ids:
-            self.ids.update(self.plans[0], ids[:, None, :, None].to(self.ids.slots.device))
+            self.ids.update(self.plans[0], ids[:, None, :, None].to(self.ids.slots))
         for sinks in self.groups:
             sinks.for_queries = None  # memory of a long pass
             if sinks.are_new:

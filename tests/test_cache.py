@@ -150,6 +150,28 @@ def test_what_padding_computes_is_a_number(implementation):
         assert feed(model, new_cache(model), ids, sizes, mask).isfinite().all()
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("num_columns", [1, 3])
+def test_a_first_pass_that_is_all_padding(implementation, num_columns):
+    """In all rows: there is no slot yet, and no sink to be kept."""
+    model, streams = build_model("gemma3", implementation), random_ids(30, num_rows=2)
+    cache = new_cache(model)
+    feed(model, cache, streams[:, :num_columns], [num_columns], torch.zeros(2, num_columns, dtype=torch.long))
+    assert cache.num_tokens_seen_by_row == [0, 0]
+    assert_goes_on(model, cache, streams, 0)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_ids_in_32_bits(model, static):
+    """As numpy has them: the model takes them, too."""
+    cache, streams = new_cache(model, static=static), random_ids(40, num_rows=2)
+    mask = torch.ones_like(streams)
+    mask[1, :3] = 0
+    logits = feed(model, cache, streams.int(), [10, 20, *[1] * 10], mask)
+    assert_same(logits[:1], known_oracle_logits(model, streams[:1], WINDOW_LENGTH, NUM_SINK_TOKENS))
+    assert cache.known_token_ids(1)[0].tolist() == streams[1, 3:7].tolist()
+
+
 @pytest.mark.parametrize("num_seen", FILL_LEVELS)
 def test_it_says_what_it_holds(model, num_seen):
     cache, _ = filled(model, num_seen)
