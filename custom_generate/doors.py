@@ -174,8 +174,7 @@ def check_crop(num_removed: int, stream, traits: ModelTraits) -> None:
         raise ValueError(f"Can't take back {num_removed} tokens: this model has recurrent states, and they can't be turned back.")
     if num_removed > min(stream.num_seen):
         raise ValueError(f"Can't take back {num_removed} tokens: a row of the cache has seen only {min(stream.num_seen)}.")
-    num_intact = min(ring.num_intact for ring in stream.rings)
-    if max(stream.num_seen) > num_intact and stream.num_recorded < num_removed:
+    if max(stream.num_seen) > stream.num_intact and stream.num_recorded < num_removed:
         raise ValueError(
             f"Can't take back {num_removed} tokens: what they evicted is gone, but for that of the last {stream.num_recorded}. "
             "To go back to a place in a text, for another answer, make a copy there: copy.deepcopy(cache). For drafts, call "

@@ -253,7 +253,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         evicts = num_columns > 1 and any(max(num_after) > window.length for window, _ in stream.places)
         quantizes = self.quantization is not None and num_columns > 1
         can_be_repeated = not (evicts or quantizes or traits.is_recurrent)
-        flags = traits.is_ordered, is_prepared, stream.is_recording, can_be_repeated
+        is_first_to_evict = num_columns == 1 and max(num_seen) == stream.num_intact  # given up, it has to leave all there
+        flags = traits.is_ordered, is_prepared, stream.is_recording or is_first_to_evict, can_be_repeated
         current = Pass(*counts, batch_size, num_columns, num_parts, *flags)
         check_pass(current, traits, self.window_length, evicts)
         if traits.is_recurrent:

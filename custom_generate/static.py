@@ -123,8 +123,7 @@ class StaticSinks(Sinks):
 
     def begin(self, plan: Plan | Cursor) -> None:
         if isinstance(plan, Plan):
-            super().begin(plan)
-            return
+            return super().begin(plan)
         self.are_new = plan.writes_sinks
         if not all(plan.shifts):  # after a roll-back: sinks that do not move have to be there, even if the pass is interrupted
             self.move([0])

@@ -30,7 +30,7 @@ class Stream:
         done: a pass that has ended and is not yet part of `num_seen`. (A compiled pass can say no more than that it has ended.)
         ids: ids of the tokens held, as a ring that does not move; `knows_ids` is False if some tokens came without ids.
         places: the layers, and the groups of sinks that move alike, of each window and device. The place of `ids` comes first.
-        num_recorded: tokens that can be rolled back.
+        num_recorded: tokens that can be rolled back; num_intact: the longest text of which all can, without a record.
     """
 
     def __init__(self, window: Window, layers: dict):
@@ -55,6 +55,7 @@ class Stream:
             self.places[place[:2]][1].append(group)
         self.rings = [ring for layer in self.layers.values() for ring in layer.rings]
         self.first_layer, self.last_layer = min(layers), max(layers)
+        self.num_intact = min(ring.num_intact for ring in self.rings)
         self.clear()
 
     # Other ways to hold a window replace these three.
@@ -118,7 +119,7 @@ class Stream:
         self.num_seen = done.num_after
         if done.is_recorded:
             self.num_recorded += min(done.num_new)
-            if not all(layer.plan.can_be_undone for layer in self.layers.values()):
+            if not (self.is_recording and all(layer.plan.can_be_undone for layer in self.layers.values())):
                 self.forget_recorded()
         for plan in self.plans:  # keep the numbers, and let go of the tensors
             for name, value in () if plan.is_in_tensors else [*vars(plan).items()]:
@@ -129,6 +130,8 @@ class Stream:
         """The open pass was interrupted, and can be begun anew: what was recorded of it is put back."""
         if self.current is not None and self.current.is_recorded:
             self.undo(self.num_seen)
+            if not self.is_recording:
+                self.forget_recorded()
         self.current = None
 
     def _rebase(self, base: list[int]) -> None:

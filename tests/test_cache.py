@@ -522,6 +522,26 @@ def test_a_pass_that_is_given_up_leaves_nothing_behind(model, options, num_seen,
     assert_same(*logits)
 
 
+@pytest.mark.parametrize("how", ["prepared", "interrupted"])
+@pytest.mark.parametrize("options", [{}, {"static": True}, {"offloaded": True}, {"quantized": FP8}], ids=lambda each: str(*each))
+def test_the_first_token_to_evict_another_one_is_given_up_and_tokens_are_taken_back(options, how):
+    """Without a record: all of the text was still there before, and is there again."""
+    model, num_seen = build_model("llama", "sdpa"), 20 if "quantized" in options else 32
+    cache, streams = SinkCache.from_model(model, 32, NUM_SINK_TOKENS, **options), random_ids(num_seen + 20)
+    feed(model, cache, streams[:, :num_seen], [num_seen])
+    if how == "prepared":
+        cache.prepare(random_ids(1, seed=9))
+    else:
+        with interrupted_at(model.model.layers[2]):
+            feed(model, cache, random_ids(1, seed=9), [1])
+    cache.crop(-5)
+    again = SinkCache.from_model(model, 32, NUM_SINK_TOKENS, **options)
+    feed(model, again, streams[:, : num_seen - 5], [num_seen - 5])
+    logits = [feed(model, each, streams[:, num_seen - 5 :], [1] * 25) for each in (cache, again)]
+    assert_same(*logits)
+    assert not any(ring.log for ring in rings_of(cache))
+
+
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next", "granitemoehybrid", "falcon_h1"])
 def test_recurrent_states_that_have_gone_on_are_not_glossed_over(model_type, tmp_path):
     """They go on in place, layer by layer. Nobody can tell how far a pass got that did not end, so nothing goes on after it but `reset`."""
