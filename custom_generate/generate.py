@@ -231,7 +231,9 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         counts = num_seen, num_new, num_after, base
         if len(num_new) > 1 and len(set(zip(*counts))) == 1:  # all rows alike: one number serves them all
             counts = [numbers[:1] for numbers in counts]
-        current = Pass(*counts, batch_size, num_columns, num_parts, traits.is_ordered, is_prepared, stream.is_recording)
+        is_first_to_evict = num_columns == 1 and max(num_seen) == stream.num_intact  # given up, it has to leave all there
+        flags = traits.is_ordered, is_prepared, stream.is_recording or is_first_to_evict
+        current = Pass(*counts, batch_size, num_columns, num_parts, *flags)
         check_pass(current, traits, stream.shortest_length)
         if traits.is_recurrent:
             if self.is_static and stream.batch_size == -1:

@@ -73,7 +73,7 @@ class Plan:
         self.is_uniform = len(num_seen) == 1
         self.num_held = min(max(num_after), window.length)
         self.hands_out_slots = num_columns == 1 or max(num_after) <= window.length
-        self.writes_sinks = min(num_seen) < window.num_sinks
+        self.writes_sinks = min(num_seen) < min(window.num_sinks, self.num_held)
         self.can_be_undone = self.hands_out_slots or num_columns <= window.num_recent
         self.order = self._order() if current.is_ordered else None
         is_full = self.is_uniform and current.num_new[0] == num_columns  # no row has padding

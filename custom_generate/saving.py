@@ -127,7 +127,7 @@ class SavedFile:
         for name, view in views_of(stream).items():
             view.copy_(tensors[name])
         for sinks in stream.groups:
-            sinks.are_new = True
+            sinks.keep()
         cache.unseen_token_ids, cache.layers_reached = unseen, set(cache.traits.noted_layers)
 
     def _check_rotations(self, stream: Stream) -> None:

@@ -18,7 +18,7 @@ class Sinks:
     Attributes:
         pristine: the sinks as they came, with their partners: float32 `[2, layers, batch, heads, num_sinks, head_dim]`.
         moved_by: how far the sinks in the slots are from where they came: a number for each row, or a single one.
-        are_new: the last pass has written some of them, so that they have to be kept.
+        are_new: the pass writes some of them, so that they have to be kept when it is done.
         for_queries: cosines and sines that move the sinks for each query of a pass, `[2, rows, 1, columns, num_sinks, head_dim]`.
     """
 
@@ -49,8 +49,6 @@ class Sinks:
 
     def begin(self, plan: Plan) -> None:
         """Before a pass: bring the sinks to where its queries need them, or say where that is for each query."""
-        if self.are_new:
-            self.keep()
         self.are_new, self.for_queries = plan.writes_sinks, None
         if plan.hands_out_slots:
             self.move(plan.shifts)

@@ -123,11 +123,10 @@ class StaticSinks(Sinks):
 
     def begin(self, plan: Plan | Cursor) -> None:
         if isinstance(plan, Plan):
-            super().begin(plan)
-            return
-        if self.are_new:
-            self.keep()
+            return super().begin(plan)
         self.are_new = plan.writes_sinks
+        if not all(plan.shifts):  # after a roll-back: sinks that do not move have to be there, even if the pass is interrupted
+            self.move([0])
         cos_sin = self.cos_sin_at(plan.shifts).expand(-1, len(plan.rows), -1, -1, -1)
         if self.turn.shape != cos_sin.shape:
             self.turn = cos_sin.clone(memory_format=torch.contiguous_format)

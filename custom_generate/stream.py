@@ -108,13 +108,15 @@ class Stream:
         (done, ids), self.done, self.input_ids = (self.done, self.input_ids), None, None
         self.knows_ids = ids is not None and (self.knows_ids or not any(done.num_seen))
         if self.knows_ids:
-            self.ids.update(self.plans[0], ids[:, None, :, None].to(self.ids.slots.device))
+            self.ids.update(self.plans[0], ids[:, None, :, None].to(self.ids.slots))
         for sinks in self.groups:
             sinks.for_queries = None  # memory of a long pass
+            if sinks.are_new:
+                sinks.keep()
         self.num_seen = done.num_after
         if done.is_recorded:
             self.num_recorded += min(done.num_new)
-            if not all(layer.plan.can_be_undone for layer in self.layers.values()):
+            if not (self.is_recording and all(layer.plan.can_be_undone for layer in self.layers.values())):
                 self.forget_recorded()
         for plan in self.plans:  # keep the numbers, and let go of the tensors
             for name, value in () if plan.is_in_tensors else [*vars(plan).items()]:
@@ -125,8 +127,8 @@ class Stream:
         """The open pass was interrupted, and can be begun anew: what was recorded of it is put back."""
         if self.current is not None and self.current.is_recorded:
             self.undo(self.num_seen)
-        for sinks in self.groups:
-            sinks.are_new = False  # the next try writes them
+            if not self.is_recording:
+                self.forget_recorded()
         self.current = None
 
     def _rebase(self, base: list[int]) -> None:

@@ -150,6 +150,28 @@ def test_what_padding_computes_is_a_number(implementation):
         assert feed(model, new_cache(model), ids, sizes, mask).isfinite().all()
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("num_columns", [1, 3])
+def test_a_first_pass_that_is_all_padding(implementation, num_columns):
+    """In all rows: there is no slot yet, and no sink to be kept."""
+    model, streams = build_model("gemma3", implementation), random_ids(30, num_rows=2)
+    cache = new_cache(model)
+    feed(model, cache, streams[:, :num_columns], [num_columns], torch.zeros(2, num_columns, dtype=torch.long))
+    assert cache.num_tokens_seen_by_row == [0, 0]
+    assert_goes_on(model, cache, streams, 0)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_ids_in_32_bits(model, static):
+    """As numpy has them: the model takes them, too."""
+    cache, streams = new_cache(model, static=static), random_ids(40, num_rows=2)
+    mask = torch.ones_like(streams)
+    mask[1, :3] = 0
+    logits = feed(model, cache, streams.int(), [10, 20, *[1] * 10], mask)
+    assert_same(logits[:1], known_oracle_logits(model, streams[:1], WINDOW_LENGTH, NUM_SINK_TOKENS))
+    assert cache.known_token_ids(1)[0].tolist() == streams[1, 3:7].tolist()
+
+
 @pytest.mark.parametrize("num_seen", FILL_LEVELS)
 def test_it_says_what_it_holds(model, num_seen):
     cache, _ = filled(model, num_seen)
@@ -498,6 +520,26 @@ def test_a_pass_that_is_given_up_leaves_nothing_behind(model, options, num_seen,
             num = 2
         logits.append(feed(model, each, streams[:, num_seen + num :], [5] + [1] * (35 - num)))
     assert_same(*logits)
+
+
+@pytest.mark.parametrize("how", ["prepared", "interrupted"])
+@pytest.mark.parametrize("options", [{}, {"static": True}, {"offloaded": True}, {"quantized": FP8}], ids=lambda each: str(*each))
+def test_the_first_token_to_evict_another_one_is_given_up_and_tokens_are_taken_back(options, how):
+    """Without a record: all of the text was still there before, and is there again."""
+    model, num_seen = build_model("llama", "sdpa"), 20 if "quantized" in options else 32
+    cache, streams = SinkCache.from_model(model, 32, NUM_SINK_TOKENS, **options), random_ids(num_seen + 20)
+    feed(model, cache, streams[:, :num_seen], [num_seen])
+    if how == "prepared":
+        cache.prepare(random_ids(1, seed=9))
+    else:
+        with interrupted_at(model.model.layers[2]):
+            feed(model, cache, random_ids(1, seed=9), [1])
+    cache.crop(-5)
+    again = SinkCache.from_model(model, 32, NUM_SINK_TOKENS, **options)
+    feed(model, again, streams[:, : num_seen - 5], [num_seen - 5])
+    logits = [feed(model, each, streams[:, num_seen - 5 :], [1] * 25) for each in (cache, again)]
+    assert_same(*logits)
+    assert not any(ring.log for ring in rings_of(cache))
 
 
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next", "granitemoehybrid", "falcon_h1"])

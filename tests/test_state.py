@@ -17,7 +17,18 @@ from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checks import NUM_SINK_TOKENS, WINDOW, WINDOW_LENGTH, build_recurrent_model, feed, left_padded, move_ahead, needs, random_ids
+from checks import (
+    NUM_SINK_TOKENS,
+    WINDOW,
+    WINDOW_LENGTH,
+    assert_same,
+    build_recurrent_model,
+    feed,
+    left_padded,
+    move_ahead,
+    needs,
+    random_ids,
+)
 from custom_generate.generate import SinkCache, generate
 from custom_generate.stream import Stream
 from families import build_model
@@ -632,3 +643,19 @@ def test_wrong_numbers_stay_within_what_is_there(qwen3, contents, tmp_path):
     sizes = [1] * 20 + [9] + [20] + [1] * 31
     assert feed(qwen3, cache, random_ids(sum(sizes)), sizes).isfinite().all()
     assert cache.layers[0].rings[0].blocks[0].shape[2] == 2 and cache.num_tokens_held == WINDOW_LENGTH > NUM_SINK_TOKENS
+
+
+@pytest.mark.parametrize("mode", ["static", "fp8", "offloaded", "plain"])
+def test_saving_while_the_sinks_of_a_row_come_changes_nothing(qwen3, tmp_path, mode):
+    """The sinks of another row have moved, and are put back for the file: those that came with the last pass stand where they are."""
+    texts = [random_ids(60, seed=60), random_ids(32, seed=32)]
+    ids, mask = left_padded([texts[0][:, :30], texts[1][:, :2]])
+    rest = torch.cat([text[:, num_seen:] for text, num_seen in zip(texts, (30, 2))])
+    cache = SinkCache.from_model(qwen3, **WINDOW, static=True) if mode == "static" else kept_cache(qwen3, mode)
+    feed(qwen3, cache, ids, [30], mask)
+    feed(qwen3, cache, rest[:, :1], [1])
+    untouched = copy.deepcopy(cache)
+    cache.save(tmp_path / "cache")
+    expected = feed(qwen3, untouched, rest[:, 1:], [1] * 29)
+    for each in (cache, SinkCache.load(tmp_path / "cache", qwen3)):
+        assert_same(feed(qwen3, each, rest[:, 1:], [1] * 29), expected)

@@ -361,6 +361,22 @@ def test_draft_tokens_are_rolled_back():
     assert_same(logits, oracle_logits(model, stream, WINDOW_LENGTH, NUM_SINK_TOKENS)[:, 30:])
 
 
+@pytest.mark.parametrize("layer", [None, 0, 1, 2])
+def test_an_interrupted_pass_after_a_roll_back_over_the_edge(layer):
+    """Where sinks have not moved yet. The pass over several tokens that comes then takes them from the slots."""
+    model, ids = build_model("llama", "sdpa"), random_ids(40)
+    cache = SinkCache.from_model(model, **WINDOW, static=True)
+    feed(model, cache, ids[:, :14], [14])
+    cache.activate_past_recording()
+    feed(model, cache, random_ids(8, seed=5), [1] * 8)
+    cache.crop(-8)
+    inputs = cache.prepare(ids[:, 14:15])
+    if layer is not None:
+        with interrupted_at(model.model.layers[layer]):
+            model(**inputs)
+    assert_same(feed(model, cache, ids[:, 14:], [9, 1, 16]), oracle_logits(model, ids, **WINDOW)[:, 14:])
+
+
 @pytest.mark.parametrize("name, reason", [("bloom", "depends on the order of the keys")])
 def test_models_without_a_static_mode_are_refused(name, reason):
     model = build_model(name)
