@@ -397,6 +397,21 @@ def test_what_can_not_be_assisted(model, options, message, monkeypatch):
         generate(**{"inputs": random_ids(5), "prompt_lookup_num_tokens": 3} | options, model=model, **WINDOW)
 
 
+@pytest.mark.parametrize("is_recording", [False, True])
+def test_what_transformers_refuses_leaves_the_cache_as_it_was(model, is_recording):
+    """It begins to record before it looks at these numbers: recorded for good, what is evicted would never be let go."""
+    cache = SinkCache.from_model(model, **WINDOW)
+    text = generate(random_ids(30), model=model, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    cache.activate_past_recording(is_recording)
+    model(**cache.prepare(text[:, -1:]))
+    with pytest.raises(ValueError, match="num_output_tokens"):
+        generate(random_ids(4, seed=6), model=model, past_key_values=cache, prompt_lookup_num_tokens=0)
+    assert cache.stream.is_recording == is_recording and cache.stream.num_recorded == is_recording
+    if is_recording:
+        cache.crop(-1)
+        assert cache.num_tokens_seen == 34
+
+
 @pytest.mark.parametrize("kind, reason", [("bloom", "depends on the order of the keys"), ("lfm2", "has recurrent states")])
 def test_models_that_can_not_take_tokens_back(model, kind, reason):
     if kind == "bloom":
