@@ -13,7 +13,7 @@ from packaging import version
 from transformers import AutoTokenizer, LogitsProcessor
 from transformers.generation import candidate_generator
 
-from checks import WINDOW, assert_same, random_ids, rings_of
+from checks import WINDOW, assert_same, left_padded, random_ids, rings_of
 from custom_generate.drafting import Drafter
 from custom_generate.generate import SinkCache, generate
 from families import TRANSFORMERS, VOCAB_SIZE, build_model
@@ -373,6 +373,26 @@ def test_a_stop_that_is_known_one_step_late(model, monkeypatch):
     assert seen == [True] and outputs.sequences.shape[1] < 90
     monkeypatch.undo()
     assert_like_plain_decoding(model, prompt, outputs, max_new_tokens=60, eos_token_id=[11, 12])
+
+
+def test_a_stop_of_rows_that_is_known_one_step_late(model, monkeypatch):
+    """The step that is taken back is one token of each row, also if the row with the longest text had ended before."""
+    if not hasattr(transformers.generation.utils, "DeferredStopCheck"):
+        pytest.skip("this transformers does not")
+    ids, mask = left_padded([random_ids(12, seed=1), random_ids(3, seed=2)])
+    first, second = generate(ids, attention_mask=mask, model=model, max_new_tokens=9, **WINDOW)[:, 12:].tolist()
+    end = next(token for token in second[4:] if token not in first[:2] + second[:4])
+    options = {"model": model, "eos_token_id": [first[1], end], "pad_token_id": 7, "max_new_tokens": 30}
+    caches = SinkCache(**WINDOW), SinkCache(**WINDOW)
+    for cache in caches:
+        generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        monkeypatch.setattr(transformers.generation.utils.DeferredStopCheck, "is_supported", staticmethod(lambda *_, **__: True))
+        monkeypatch.setattr(torch, "Event", Mock)  # a CPU has none
+    monkeypatch.undo()
+    at_once, late = caches
+    assert late.num_tokens_seen_by_row == at_once.num_tokens_seen_by_row
+    texts = [generate(model=model, past_key_values=cache, max_new_tokens=9, eos_token_id=None) for cache in caches]
+    assert texts[0].equal(texts[1])
 
 
 # ---- what is refused
