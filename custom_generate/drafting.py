@@ -23,6 +23,7 @@ class DraftFeed(Feed):
     def __init__(self, *args, num_columns: int, num_last: int = 1):
         super().__init__(*args)
         self.num_columns, self.num_last, self.has_begun = num_columns, num_last, False
+        self.was_recording = self.cache.stream.is_recording
 
     def view(self) -> torch.nn.Module:
         view = super().view()
@@ -50,6 +51,8 @@ class DraftFeed(Feed):
                 num_loose = min(max(num_columns - (self.sequences.shape[1] - 1), 0), num_loose)
             cache.crop(-num_loose)
             cache.activate_past_recording(False)
+        else:  # refused by transformers, which has begun to record
+            self.cache.stream.is_recording = self.was_recording
         super().__exit__(*error)
 
 

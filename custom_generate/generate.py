@@ -333,8 +333,9 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self.require_model()
         self.settle()
         self.num_padding_columns = 0
-        self.stream.is_recording = is_active
-        self.stream.forget_recorded()
+        if self.stream.is_recording != is_active:
+            self.stream.is_recording = is_active
+            self.stream.forget_recorded()
 
     def crop(self, num_tokens: int) -> None:
         """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if negative, else all but the first so

@@ -76,7 +76,7 @@ def with_processors(view: torch.nn.Module, prompt: Prompt, num_copies: int, guid
 
     @functools.wraps(get_processors)
     def get_logits_processor(*args, **kwargs):
-        if prompt.mask is not None and prompt.name == "input_ids":
+        if prompt.mask is not None and kwargs["input_ids_seq_length"] == prompt.num_columns:
             mask = prompt.mask[:, -prompt.num_columns :].repeat_interleave(num_copies, 0)
             kwargs["model_kwargs"] = (kwargs.get("model_kwargs") or {}) | {"attention_mask": mask}
         processors = get_processors(*args, **kwargs)

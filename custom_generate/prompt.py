@@ -66,6 +66,8 @@ def whole_prompt(call: Call, cache) -> Prompt:
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     check_tensors(input_ids=ids, attention_mask=mask)
     if arguments.get("inputs_embeds") is not None:
+        if mask is None and ids is not None and ids.shape == arguments["inputs_embeds"].shape[:2]:
+            mask = _with_inferred_mask(ids, call).mask
         return Prompt(arguments["inputs_embeds"], mask, "inputs_embeds")
     if ids is None and cache.get_seq_length() > 0:
         if cache.unseen_token_ids is None:

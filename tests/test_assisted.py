@@ -13,7 +13,7 @@ from packaging import version
 from transformers import AutoTokenizer, LogitsProcessor
 from transformers.generation import candidate_generator
 
-from checks import WINDOW, assert_same, random_ids, rings_of
+from checks import WINDOW, assert_same, left_padded, random_ids, rings_of
 from custom_generate.drafting import Drafter
 from custom_generate.generate import SinkCache, generate
 from families import TRANSFORMERS, VOCAB_SIZE, build_model
@@ -375,6 +375,26 @@ def test_a_stop_that_is_known_one_step_late(model, monkeypatch):
     assert_like_plain_decoding(model, prompt, outputs, max_new_tokens=60, eos_token_id=[11, 12])
 
 
+def test_a_stop_of_rows_that_is_known_one_step_late(model, monkeypatch):
+    """The step that is taken back is one token of each row, also if the row with the longest text had ended before."""
+    if not hasattr(transformers.generation.utils, "DeferredStopCheck"):
+        pytest.skip("this transformers does not")
+    ids, mask = left_padded([random_ids(12, seed=1), random_ids(3, seed=2)])
+    first, second = generate(ids, attention_mask=mask, model=model, max_new_tokens=9, **WINDOW)[:, 12:].tolist()
+    end = next(token for token in second[4:] if token not in first[:2] + second[:4])
+    options = {"model": model, "eos_token_id": [first[1], end], "pad_token_id": 7, "max_new_tokens": 30}
+    caches = SinkCache(**WINDOW), SinkCache(**WINDOW)
+    for cache in caches:
+        generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        monkeypatch.setattr(transformers.generation.utils.DeferredStopCheck, "is_supported", staticmethod(lambda *_, **__: True))
+        monkeypatch.setattr(torch, "Event", Mock)  # a CPU has none
+    monkeypatch.undo()
+    at_once, late = caches
+    assert late.num_tokens_seen_by_row == at_once.num_tokens_seen_by_row
+    texts = [generate(model=model, past_key_values=cache, max_new_tokens=9, eos_token_id=None) for cache in caches]
+    assert texts[0].equal(texts[1])
+
+
 # ---- what is refused
 
 
@@ -395,6 +415,21 @@ def test_what_can_not_be_assisted(model, options, message, monkeypatch):
     monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: pytest.fail("the model was run"))
     with pytest.raises(ValueError, match=message):
         generate(**{"inputs": random_ids(5), "prompt_lookup_num_tokens": 3} | options, model=model, **WINDOW)
+
+
+@pytest.mark.parametrize("is_recording", [False, True])
+def test_what_transformers_refuses_leaves_the_cache_as_it_was(model, is_recording):
+    """It begins to record before it looks at these numbers: recorded for good, what is evicted would never be let go."""
+    cache = SinkCache.from_model(model, **WINDOW)
+    text = generate(random_ids(30), model=model, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    cache.activate_past_recording(is_recording)
+    model(**cache.prepare(text[:, -1:]))
+    with pytest.raises(ValueError, match="num_output_tokens"):
+        generate(random_ids(4, seed=6), model=model, past_key_values=cache, prompt_lookup_num_tokens=0)
+    assert cache.stream.is_recording == is_recording and cache.stream.num_recorded == is_recording
+    if is_recording:
+        cache.crop(-1)
+        assert cache.num_tokens_seen == 34
 
 
 @pytest.mark.parametrize("kind, reason", [("bloom", "depends on the order of the keys"), ("lfm2", "has recurrent states")])

@@ -280,6 +280,19 @@ def test_embeddings_in_place_of_ids(model):
     assert outputs.sequences.equal(expected[:, 40:])
 
 
+@pytest.mark.parametrize("options", [{"pad_token_id": 0}, {"repetition_penalty": 30.0}])
+def test_embeddings_beside_padded_ids(model, options):
+    """As in transformers, the ids say what is padding, if no mask does; and padding is not penalized, whatever stands there."""
+    ids, mask = left_padded([random_ids(3) + 1, random_ids(9) + 1])
+    options = {"model": model, "max_new_tokens": 20, "do_sample": False, **options, **WINDOW}
+    likeliest = generate(ids, attention_mask=mask, **options | {"max_new_tokens": 1})[0, -1]
+    ids[mask == 0] = options.get("pad_token_id", int(likeliest))
+    embeds = model.get_input_embeddings()(ids).detach()
+    expected = generate(ids, attention_mask=mask, **options)[:, 9:]
+    mask = None if "pad_token_id" in options else mask
+    assert generate(ids, inputs_embeds=embeds, attention_mask=mask, **options)[:, 9:].equal(expected)
+
+
 # ---- several turns with one cache
 
 
