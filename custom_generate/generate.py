@@ -266,8 +266,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self.unseen_token_ids = None
         stream.begin(current, input_ids)
 
-    def settle(self, is_reset: bool = False) -> None:
-        """Before anything is changed: make the last pass part of what was seen, or give it up if it was interrupted.
+    def settle(self, is_reset: bool = False, gives_up: bool = True) -> None:
+        """Before anything is changed: make the last pass part of what was seen, or give it up if it was interrupted (`gives_up`).
 
         Raises:
             ValueError: the interrupted pass can't be repeated, or a call of `generate` in another thread uses the cache.
@@ -281,6 +281,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             stream.settle()
         if self.traits.is_recurrent:
             self.recurrent.end_gradients()
+        if not gives_up:
+            return
         if (stream.current is not None or self.traits.is_recurrent) and self.is_interrupted and not is_reset:
             raise ValueError(
                 f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already "
@@ -311,10 +313,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         finally:
             if self.inputs is not None:  # the view of the call ends with it
                 self.inputs.config = config or self.inputs.own_config
-            if self.stream is not None:
-                self.stream.settle()
-                if self.stream.current is not None and not self.is_interrupted:
-                    self.stream.give_up()
+            with contextlib.suppress(ValueError):  # a pass that can't be repeated: who comes next is told
+                self.settle()
             del self._in_call
 
     # The batch
@@ -413,10 +413,11 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     @torch.inference_mode(False)  # the copy can be changed in any mode
     def __deepcopy__(self, memo) -> "SinkCache":
-        self.settle()
+        self.settle(gives_up=False)  # a pass that was prepared can still be run, with this cache
         memo |= {id(shared): shared for shared in (self.traits, *(self.inputs.configs if self.inputs else ()))}
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy({name: each for name, each in vars(self).items() if name != "_in_call"}, memo))
+        copied.settle()
         return copied
 
 
@@ -462,6 +463,7 @@ def generate(
     if cache is None:
         cache = SinkCache(**call.cache_arguments)
     with cache.in_one_call():
+        cache.settle(gives_up=False)  # what was compiled leaves that to us
         prompt = whole_prompt(call, cache)
         unseen = unseen_part(prompt, cache, call.num_copies)
         guidance = Guidance.of(call, cache, prompt)

@@ -105,9 +105,7 @@ class Stream:
             self.settle()
 
     def settle(self) -> None:
-        """Make a pass that is done part of what was seen."""
-        if self.done is None:
-            return
+        """Make the pass that is done part of what was seen."""
         (done, ids), self.done, self.input_ids = (self.done, self.input_ids), None, None
         self.knows_ids = ids is not None and (self.knows_ids or not any(done.num_seen))
         if self.knows_ids:

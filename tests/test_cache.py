@@ -194,6 +194,22 @@ def test_a_deep_copy_goes_on_by_itself(model, num_seen):
     assert branch.num_tokens_seen == num_seen + 40
 
 
+@pytest.mark.parametrize("options", [{}, {"static": True}, {"offloaded": True}], ids=lambda each: str(*each))
+@pytest.mark.parametrize("num_seen, num_new", [(10, 1), (50, 1), (50, 5)])
+def test_a_copy_made_before_a_pass_that_was_prepared_leaves_it_to_be_run(model, options, num_seen, num_new):
+    """The copy is where the cache was before `prepare`."""
+    cache, streams = new_cache(model, **options), random_ids(num_seen + 30, num_rows=2)
+    feed(model, cache, streams[:, :num_seen], [num_seen])
+    inputs = cache.prepare(streams[:, num_seen : num_seen + num_new])
+    branch = copy.deepcopy(cache)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    expected = known_oracle_logits(model, streams[:1], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, num_seen : num_seen + num_new]
+    assert_same(logits[:1], expected)
+    assert_goes_on(model, cache, streams, num_seen + num_new)
+    assert_goes_on(model, branch, streams, num_seen)
+
+
 @pytest.mark.parametrize("num_seen", FILL_LEVELS)
 @pytest.mark.parametrize(
     "operation, rows",
