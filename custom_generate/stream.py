@@ -115,7 +115,7 @@ class Stream:
             if sinks.are_new:
                 sinks.keep()
         self.num_seen = done.num_after
-        if done.is_recorded:
+        if done.is_recorded or self.num_recorded:  # what a pass evicts that is not recorded can't be put back behind it
             self.num_recorded += min(done.num_new)
             if not (self.is_recording and all(layer.plan.can_be_undone for layer in self.layers.values())):
                 self.forget_recorded()

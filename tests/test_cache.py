@@ -381,6 +381,19 @@ def test_what_was_recorded_is_let_go(model):
     assert_goes_on(model, cache, streams, 60)
 
 
+def test_what_was_recorded_before_passes_that_were_not_is_not_put_back(model):
+    """Recording ends at the layers, without a crop: what those passes evicted is gone."""
+    cache, streams = filled(model, 50)
+    cache.activate_past_recording()
+    feed(model, cache, streams[:, 50:54], [4])
+    for layer in cache.layers:
+        layer.record_past = False
+    feed(model, cache, streams[:, 54:56], [2])
+    with pytest.raises(ValueError, match=r"but for that of the last 0\."):
+        cache.crop(-4)
+    assert_goes_on(model, cache, streams, 56)
+
+
 def test_what_was_recorded_is_what_the_row_with_the_fewest_new_tokens_has(model):
     """A row that went on by one token, beside one that went on by four, has nothing recorded of its tokens before."""
     cache, streams = filled(model, 50, num_rows=2)
