@@ -234,7 +234,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     @torch.inference_mode(False)  # what is made here may be changed in any mode
     def _begin(self, batch_size: int, num_columns: int, num_new: list[int], num_parts=1, input_ids=None, is_prepared=True):
         """Decide all that a pass does. Nothing is changed before everything has been checked."""
-        self.settle()
+        self.settle(gives_up=False)
         check_attention(self.inputs.config)
         stream, traits, model = self.stream, self.traits, self.model()
         if model is not None and model.training:
@@ -257,6 +257,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         flags = traits.is_ordered, is_prepared, stream.is_recording or is_first_to_evict, can_be_repeated
         current = Pass(*counts, batch_size, num_columns, num_parts, *flags)
         check_pass(current, traits, self.window_length, evicts)
+        self.settle()
         if traits.is_recurrent:
             self.recurrent.check(current)
             if self.is_static and stream.batch_size == -1:
@@ -281,14 +282,12 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             stream.settle()
         if self.traits.is_recurrent:
             self.recurrent.end_gradients()
-        if not gives_up:
-            return
         if (stream.current is not None or self.traits.is_recurrent) and self.is_interrupted and not is_reset:
             raise ValueError(
                 f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already "
                 "let go of what a second try needs. Call reset(), or go on from a copy that was made before."
             )
-        if stream.current is not None:
+        if gives_up and stream.current is not None:
             stream.give_up()
         elif self.recurrent.idle:
             self.recurrent.put_back_idle()

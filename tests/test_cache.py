@@ -501,6 +501,18 @@ def test_a_text_that_is_taken_back_whole_leaves_no_trace(model):
     assert [known.tolist() for known in cache.known_token_ids(0)] == [ids[0, :4].tolist(), ids[0].tolist()]
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_pass_that_is_refused_leaves_the_one_that_was_prepared(model, static):
+    cache, streams = new_cache(model, static=static), random_ids(50, num_rows=2)
+    feed(model, cache, streams[:, :20], [20])
+    inputs = cache.prepare(streams[:, 20:21])
+    with pytest.raises(ValueError, match="holds 2 rows"):
+        cache.prepare(random_ids(1, num_rows=3))
+    with torch.no_grad():
+        model(**inputs)
+    assert_goes_on(model, cache, streams, 21)
+
+
 @pytest.mark.parametrize("num_layers", [0, 1])
 def test_a_first_pass_that_is_interrupted_can_be_repeated(model, num_layers):
     """When some layers hold the sinks, and others have not even room for them: nothing of that pass is kept."""
