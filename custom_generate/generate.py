@@ -217,7 +217,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     @torch.inference_mode(False)  # what is made here may be changed in any mode
     def _begin(self, batch_size: int, num_columns: int, num_new: list[int], num_parts=1, input_ids=None, is_prepared=True):
         """Decide all that a pass does. Nothing is changed before everything has been checked."""
-        self.settle()
+        self.settle(gives_up=False)
         check_attention(self.inputs.config)
         stream, traits, model = self.stream, self.traits, self.model()
         if model is not None and model.training:
@@ -235,6 +235,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         flags = traits.is_ordered, is_prepared, stream.is_recording or is_first_to_evict
         current = Pass(*counts, batch_size, num_columns, num_parts, *flags)
         check_pass(current, traits, stream.shortest_length)
+        if stream.current is not None:
+            stream.give_up()
         if traits.is_recurrent:
             if self.is_static and stream.batch_size == -1:
                 self.recurrent.allocate(traits, batch_size)
@@ -243,8 +245,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self.unseen_token_ids = None
         stream.begin(current, input_ids)
 
-    def settle(self, is_reset: bool = False) -> None:
-        """Before anything is changed: make the last pass part of what was seen, or give it up if it was interrupted.
+    def settle(self, is_reset: bool = False, gives_up: bool = True) -> None:
+        """Before anything is changed: make the last pass part of what was seen, or give it up if it was interrupted (`gives_up`).
 
         Raises:
             ValueError: the interrupted pass can't be repeated, or a call of `generate` in another thread uses the cache.
@@ -263,7 +265,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
                 f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already "
                 "let go of what a second try needs. Call reset(), or go on from a copy that was made before."
             )
-        if stream.current is not None:
+        if gives_up and stream.current is not None:
             stream.give_up()
 
     @property
@@ -288,10 +290,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         finally:
             if self.inputs is not None:  # the view of the call ends with it
                 self.inputs.config = config or self.inputs.own_config
-            if self.stream is not None:
-                self.stream.settle()
-                if self.stream.current is not None and not self.is_interrupted:
-                    self.stream.give_up()
+            with contextlib.suppress(ValueError):  # a pass that can't be repeated: who comes next is told
+                self.settle()
             del self._in_call
 
     # The batch
@@ -389,11 +389,12 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     @torch.inference_mode(False)  # the copy can be changed in any mode
     def __deepcopy__(self, memo) -> "SinkCache":
-        self.settle()
+        self.settle(gives_up=False)  # a pass that was prepared can still be run, with this cache
         configs = (self.inputs.own_config, self.inputs.config) if self.inputs else ()
         memo |= {id(shared): shared for shared in (self.traits, *configs)}
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy({name: each for name, each in vars(self).items() if name != "_in_call"}, memo))
+        copied.settle()
         return copied
 
 
@@ -436,6 +437,7 @@ def generate(
     if cache is None:
         cache = SinkCache(**call.cache_arguments)
     with cache.in_one_call():
+        cache.settle(gives_up=False)  # what was compiled leaves that to us
         prompt = whole_prompt(call, cache)
         unseen = unseen_part(prompt, cache, call.num_copies)
         guidance = Guidance.of(call, cache, prompt)

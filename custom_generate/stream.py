@@ -102,9 +102,7 @@ class Stream:
             self.settle()
 
     def settle(self) -> None:
-        """Make a pass that is done part of what was seen."""
-        if self.done is None:
-            return
+        """Make the pass that is done part of what was seen."""
         (done, ids), self.done, self.input_ids = (self.done, self.input_ids), None, None
         self.knows_ids = ids is not None and (self.knows_ids or not any(done.num_seen))
         if self.knows_ids:
@@ -114,7 +112,7 @@ class Stream:
             if sinks.are_new:
                 sinks.keep()
         self.num_seen = done.num_after
-        if done.is_recorded:
+        if done.is_recorded or self.num_recorded:  # what a pass evicts that is not recorded can't be put back behind it
             self.num_recorded += min(done.num_new)
             if not (self.is_recording and all(layer.plan.can_be_undone for layer in self.layers.values())):
                 self.forget_recorded()

@@ -194,6 +194,22 @@ def test_a_deep_copy_goes_on_by_itself(model, num_seen):
     assert branch.num_tokens_seen == num_seen + 40
 
 
+@pytest.mark.parametrize("options", [{}, {"static": True}, {"offloaded": True}], ids=lambda each: str(*each))
+@pytest.mark.parametrize("num_seen, num_new", [(10, 1), (50, 1), (50, 5)])
+def test_a_copy_made_before_a_pass_that_was_prepared_leaves_it_to_be_run(model, options, num_seen, num_new):
+    """The copy is where the cache was before `prepare`."""
+    cache, streams = new_cache(model, **options), random_ids(num_seen + 30, num_rows=2)
+    feed(model, cache, streams[:, :num_seen], [num_seen])
+    inputs = cache.prepare(streams[:, num_seen : num_seen + num_new])
+    branch = copy.deepcopy(cache)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    expected = known_oracle_logits(model, streams[:1], WINDOW_LENGTH, NUM_SINK_TOKENS)[:, num_seen : num_seen + num_new]
+    assert_same(logits[:1], expected)
+    assert_goes_on(model, cache, streams, num_seen + num_new)
+    assert_goes_on(model, branch, streams, num_seen)
+
+
 @pytest.mark.parametrize("num_seen", FILL_LEVELS)
 @pytest.mark.parametrize(
     "operation, rows",
@@ -365,6 +381,19 @@ def test_what_was_recorded_is_let_go(model):
     assert_goes_on(model, cache, streams, 60)
 
 
+def test_what_was_recorded_before_passes_that_were_not_is_not_put_back(model):
+    """Recording ends at the layers, without a crop: what those passes evicted is gone."""
+    cache, streams = filled(model, 50)
+    cache.activate_past_recording()
+    feed(model, cache, streams[:, 50:54], [4])
+    for layer in cache.layers:
+        layer.record_past = False
+    feed(model, cache, streams[:, 54:56], [2])
+    with pytest.raises(ValueError, match=r"but for that of the last 0\."):
+        cache.crop(-4)
+    assert_goes_on(model, cache, streams, 56)
+
+
 def test_what_was_recorded_is_what_the_row_with_the_fewest_new_tokens_has(model):
     """A row that went on by one token, beside one that went on by four, has nothing recorded of its tokens before."""
     cache, streams = filled(model, 50, num_rows=2)
@@ -470,6 +499,18 @@ def test_a_text_that_is_taken_back_whole_leaves_no_trace(model):
     ids = random_ids(6, seed=2)
     feed(model, cache, ids, [4, 1, 1])
     assert [known.tolist() for known in cache.known_token_ids(0)] == [ids[0, :4].tolist(), ids[0].tolist()]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_pass_that_is_refused_leaves_the_one_that_was_prepared(model, static):
+    cache, streams = new_cache(model, static=static), random_ids(50, num_rows=2)
+    feed(model, cache, streams[:, :20], [20])
+    inputs = cache.prepare(streams[:, 20:21])
+    with pytest.raises(ValueError, match="holds 2 rows"):
+        cache.prepare(random_ids(1, num_rows=3))
+    with torch.no_grad():
+        model(**inputs)
+    assert_goes_on(model, cache, streams, 21)
 
 
 @pytest.mark.parametrize("num_layers", [0, 1])

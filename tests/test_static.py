@@ -260,6 +260,19 @@ def test_a_second_text_needs_no_second_graph():
 
 
 @compiling
+def test_generate_goes_on_from_a_loop_that_was_compiled():
+    """The last token of the loop is not yet part of what was seen, and has to be found in the text."""
+    model, text = build_model("llama", "sdpa"), random_ids(30)
+    torch._dynamo.reset()
+    compiled, cache = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False), static_cache(model)
+    with torch.no_grad():
+        for token in text[:, :-1].split(1, dim=1):
+            compiled(**cache.prepare(token))
+    expected = generate(text, model=model, max_new_tokens=10, **WINDOW)
+    assert generate(text, model=model, past_key_values=cache, max_new_tokens=10).equal(expected)
+
+
+@compiling
 @pytest.mark.parametrize("how", ["forward", "module", "wrapper"])
 def test_a_model_that_the_user_compiled(how):
     """One graph for the end of the prompt, and one for all tokens after it: looking at the model, and the chunks, make none."""
