@@ -71,6 +71,7 @@ class Call:
     def __init__(self, model: torch.nn.Module, arguments: dict):
         self.model = model
         self.arguments = {name: value for name, value in arguments.items() if name not in LOADER_ARGUMENTS}
+        self.arguments = {name: value for name, value in self.arguments.items() if name not in CACHE_SIZES or value is not None}
         self.cache = self._take("cache", *sorted(CACHE_NAMES))
         if (ids := self._take("prompt", "inputs", "input_ids")) is not None:
             self.arguments["input_ids"] = ids
@@ -92,14 +93,13 @@ class Call:
         return values[0] if values else None
 
     def asked(self, name: str):
-        """The value of an option in the call or in its generation config; None where both leave it out."""
-        value = self.arguments.get(name)
-        return getattr(self.arguments.get("generation_config"), name, None) if value is None else value
+        """The value of an option in the call, which may be None, or else in its generation config."""
+        return self.arguments[name] if name in self.arguments else getattr(self.arguments.get("generation_config"), name, None)
 
     def option(self, name: str):
-        """The same, completed by the generation config of the model."""
+        """The same, completed by the generation config of the model where the call leaves it out."""
         value = self.asked(name)
-        return getattr(self.model.generation_config, name, None) if value is None else value
+        return value if value is not None or name in self.arguments else getattr(self.model.generation_config, name, None)
 
     def refuse_unsupported(self) -> None:
         """Refuse, before anything is run, what can't be exact."""

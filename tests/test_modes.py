@@ -269,6 +269,25 @@ def test_a_generation_config_says_the_same_as_arguments(model):
     assert config.to_dict() == before
 
 
+@pytest.mark.parametrize(
+    "brought, options",
+    [
+        ({"guidance_scale": 1.5}, {"guidance_scale": None}),
+        ({"penalty_alpha": 0.6}, {"penalty_alpha": None}),
+        ({"pad_token_id": 0, "eos_token_id": 3}, {"pad_token_id": None}),
+        ({"pad_token_id": 0, "eos_token_id": 0}, {"eos_token_id": None}),
+    ],
+)
+def test_none_switches_off_what_the_model_brings(brought, options):
+    """As in transformers. The prompt begins with what may be padding."""
+    model, ids = build_model("qwen3", "sdpa"), torch.cat([torch.zeros(2, 3, dtype=torch.long), random_ids(5, num_rows=2)], 1)
+    ids[1, :3] = 5
+    for name, value in brought.items():
+        setattr(model.generation_config, name, value)
+    options = {"max_new_tokens": 12, "do_sample": False} | options
+    assert generate(ids, model=model, window_length=32, **options).equal(model.generate(ids, **options))
+
+
 @pytest.mark.parametrize("prefill_chunk_size", [None, 5])
 def test_shapes_of_what_is_recorded_past_the_window(prefill_chunk_size):
     """One entry a token. The first belongs to the last pass over the prompt, whose keys are: one copy of the sinks for each of its
