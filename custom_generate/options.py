@@ -70,7 +70,7 @@ class Call:
 
     def __init__(self, model: torch.nn.Module, arguments: dict):
         self.model = model
-        self.arguments = {name: value for name, value in arguments.items() if name not in LOADER_ARGUMENTS}
+        self.arguments = {name: value for name, value in arguments.items() if name not in LOADER_ARGUMENTS or callable(value)}
         self.arguments = {name: value for name, value in self.arguments.items() if name not in CACHE_SIZES or value is not None}
         self.cache = self._take("cache", *sorted(CACHE_NAMES))
         if (ids := self._take("prompt", "inputs", "input_ids")) is not None:
@@ -111,8 +111,8 @@ class Call:
                 raise refusal(f"{name}={value!r:.50}", f"{reason}. {remedy}")
         if self.asked("use_cache") is False:
             raise refusal("use_cache=False", "without a cache there is nothing to bound. Leave it out")
-        for name, value in self.arguments.items():
-            if isinstance(value, torch.Tensor) and name not in (*PROMPTS, *CACHE_SIZES, "prefill_chunk_size"):
+        for name in sorted(self.arguments.keys() - {*PROMPTS, *CACHE_SIZES, *vars(self.model.generation_config)}):
+            if isinstance(self.arguments[name], torch.Tensor):
                 raise refusal(name, "it can't be split over the passes in which a prompt is fed. Leave it out")
         if self.chunk_size is not None:
             check_count("prefill_chunk_size", self.chunk_size)

@@ -269,6 +269,27 @@ def test_a_generation_config_says_the_same_as_arguments(model):
     assert config.to_dict() == before
 
 
+def test_special_tokens_may_be_tensors(model):
+    """As in transformers, in the call or in a generation config."""
+    ids = torch.cat([torch.zeros(2, 3, dtype=torch.long), random_ids(5, num_rows=2)], 1)
+    expected = generate(ids, model=model, max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=[11, 12], **WINDOW)
+    options = {"eos_token_id": torch.tensor([11, 12]), "pad_token_id": torch.tensor(0), "max_new_tokens": 30}
+    assert generate(ids, model=model, do_sample=False, **options, **WINDOW).equal(expected)
+    assert generate(ids, GenerationConfig(**options), model=model, **WINDOW).equal(expected)
+
+
+def test_a_decoding_loop_of_ones_own(model):
+    """transformers takes a function as custom_generate: it gets its passes from here, too."""
+    calls = []
+
+    def decode(*args, **kwargs):
+        calls.append(len(args))
+        return transformers.GenerationMixin._sample(*args, **kwargs)
+
+    options = {"model": model, "max_new_tokens": NUM_NEW_TOKENS, "do_sample": False, **WINDOW}
+    assert generate(PROMPT, custom_generate=decode, **options).equal(generate(PROMPT, **options)) and calls
+
+
 @pytest.mark.parametrize(
     "brought, options",
     [
