@@ -39,7 +39,7 @@ CACHE_OPTIONS = ("cache_implementation", "cache_config", "max_cache_len", "conti
 OFFLOADED = ("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked")
 # Values of unsupported options that are served, or equal to the default behaviour.
 SERVED_VALUES = {
-    "cache_implementation": ("dynamic", "static", "quantized", *OFFLOADED),
+    "cache_implementation": ("dynamic", "hybrid", "static", "quantized", *OFFLOADED),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
 }
