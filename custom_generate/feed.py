@@ -104,8 +104,7 @@ class Feed:
             return self.first_pass(input_ids, others)
         self._note_ends()
         if self.ends:  # all rows: a step that is taken back
-            has_ended = len(self.ends) == len(input_ids)
-            is_token = torch.tensor([[has_ended or row not in self.ends] for row in range(len(input_ids))])
+            is_token = torch.tensor([[len(self.ends) == len(input_ids) or row not in self.ends] for row in range(len(input_ids))])
             return self.cache.prepare(input_ids[:, -1:].to(device), is_token)
         return self.cache.prepare(input_ids[:, self.num_padding_columns + self.cache.get_seq_length() :].to(device))
 

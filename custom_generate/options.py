@@ -39,7 +39,7 @@ CACHE_OPTIONS = ("cache_implementation", "cache_config", "max_cache_len", "conti
 OFFLOADED = ("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked")
 # Values of unsupported options that are served, or equal to the default behaviour.
 SERVED_VALUES = {
-    "cache_implementation": ("dynamic", "static", "quantized", *OFFLOADED),
+    "cache_implementation": ("dynamic", "hybrid", "static", "quantized", *OFFLOADED),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
 }
@@ -70,7 +70,8 @@ class Call:
 
     def __init__(self, model: torch.nn.Module, arguments: dict):
         self.model = model
-        self.arguments = {name: value for name, value in arguments.items() if name not in LOADER_ARGUMENTS}
+        self.arguments = {name: value for name, value in arguments.items() if name not in LOADER_ARGUMENTS or callable(value)}
+        self.arguments = {name: value for name, value in self.arguments.items() if name not in CACHE_SIZES or value is not None}
         self.cache = self._take("cache", *sorted(CACHE_NAMES))
         if (ids := self._take("prompt", "inputs", "input_ids")) is not None:
             self.arguments["input_ids"] = ids
@@ -91,14 +92,13 @@ class Call:
         return values[0] if values else None
 
     def asked(self, name: str):
-        """The value of an option in the call or in its generation config; None where both leave it out."""
-        value = self.arguments.get(name)
-        return getattr(self.arguments.get("generation_config"), name, None) if value is None else value
+        """The value of an option in the call, which may be None, or else in its generation config."""
+        return self.arguments[name] if name in self.arguments else getattr(self.arguments.get("generation_config"), name, None)
 
     def option(self, name: str):
-        """The same, completed by the generation config of the model."""
+        """The same, completed by the generation config of the model where the call leaves it out."""
         value = self.asked(name)
-        return getattr(self.model.generation_config, name, None) if value is None else value
+        return value if value is not None or name in self.arguments else getattr(self.model.generation_config, name, None)
 
     def refuse_unsupported(self) -> None:
         for name, reason in UNSUPPORTED_OPTIONS.items():
@@ -109,8 +109,8 @@ class Call:
                 raise refusal(f"{name}={value!r:.50}", f"{reason}. {remedy}")
         if self.asked("use_cache") is False:
             raise refusal("use_cache=False", "without a cache there is nothing to bound. Leave it out")
-        for name, value in self.arguments.items():
-            if isinstance(value, torch.Tensor) and name not in (*PROMPTS, *CACHE_SIZES, "prefill_chunk_size"):
+        for name in sorted(self.arguments.keys() - {*PROMPTS, *CACHE_SIZES, *vars(self.model.generation_config)}):
+            if isinstance(self.arguments[name], torch.Tensor):
                 raise refusal(name, "it can't be split over the passes in which a prompt is fed. Leave it out")
         if self.chunk_size is not None:
             check_count("prefill_chunk_size", self.chunk_size)

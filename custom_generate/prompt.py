@@ -85,12 +85,13 @@ def whole_prompt(call: Call, cache) -> Prompt:
 
 def _with_inferred_mask(ids: torch.Tensor | None, call: Call) -> Prompt:
     """Padding is the padding token where it begins a row, unless it also ends texts. (transformers takes it anywhere.)"""
-    pad, eos = call.option("pad_token_id"), call.option("eos_token_id")
-    if ids is None or ids.ndim != 2 or 0 in ids.shape or not isinstance(pad, int):
+    pad, ends = call.option("pad_token_id"), call.option("eos_token_id")
+    pad, ends = ([] if each is None else torch.as_tensor(each).flatten().tolist() for each in (pad, ends))
+    if ids is None or ids.ndim != 2 or 0 in ids.shape or len(pad) != 1:
         return Prompt(ids)
-    is_padding = ids == pad
-    if bool(is_padding.any()) and pad not in (eos if isinstance(eos, list | tuple) else [eos]):
-        return Prompt(ids, (~is_padding).long().cummax(dim=1).values, padding_id=pad)
+    is_padding = ids == pad[0]
+    if bool(is_padding.any()) and pad[0] not in ends:
+        return Prompt(ids, (~is_padding).long().cummax(dim=1).values, padding_id=pad[0])
     for column, place, harm in ((0, "begin", "become the sinks"), (-1, "end", "the text goes on behind them")):
         if bool(is_padding[:, column].any()) and not bool(is_padding[:, column].all()):
             logging.get_logger(__name__).warning(

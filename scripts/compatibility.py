@@ -263,11 +263,12 @@ OTHER_CACHE = UNSUPPORTED_OPTIONS["cache_implementation"]
 
 CACHES = [
     works("dynamic", "test_errors.py::test_a_cache_of_another_class", "also an empty `DynamicCache`: a `SinkCache` takes its place"),
+    works("hybrid", "test_errors.py::test_a_generation_config_of_gemma_may_be_passed", "in generation configs of Gemma: taken for dynamic, as in transformers"),
     works("static", "test_static.py::test_generate_compiles_once", "a `SinkCache` whose buffers never move, for compiled models"),
     works("quantized", "test_kinds_of_windows.py::test_it_equals_the_reference", "sinks and the most recent tokens stay as they are, each older token is quantized once"),
     works("offloaded offloaded_static offloaded_hybrid offloaded_hybrid_chunked", "test_kinds_of_windows.py::test_generate_offloaded", "the window is kept in the memory of the host"),
     refused(("sliding_window",), OTHER_CACHE, cache_implementation="sliding_window"),
-    refused(("hybrid", "hybrid_chunked"), OTHER_CACHE, cache_implementation="hybrid"),
+    refused(("hybrid_chunked",), OTHER_CACHE, cache_implementation="hybrid_chunked"),
     refused(("dynamic_full",), OTHER_CACHE, cache_implementation="dynamic_full"),
     refused(("mamba",), OTHER_CACHE, cache_implementation="mamba"),
     refused(("paged",), OTHER_CACHE, cache_implementation="paged"),

@@ -111,6 +111,13 @@ def test_a_cache_implementation_that_the_model_brings_is_ignored(model):
     assert {name: getattr(own.generation_config, name) for name in brought} == brought
 
 
+def test_a_generation_config_of_gemma_may_be_passed(model):
+    """A copy of the model's own, as `transformers serve` and pipelines pass it. transformers itself takes "hybrid" for no wish."""
+    config = transformers.GenerationConfig(cache_implementation="hybrid", max_new_tokens=40)
+    ids = generate(random_ids(5), config, model=model, **WINDOW)
+    assert ids.equal(generate(random_ids(5), model=model, max_new_tokens=40, do_sample=False, **WINDOW))
+
+
 def test_no_cache(untouched):
     with pytest.raises(ValueError, match="use_cache=False"):
         generate(random_ids(5), model=untouched, use_cache=False, **WINDOW)

@@ -269,6 +269,46 @@ def test_a_generation_config_says_the_same_as_arguments(model):
     assert config.to_dict() == before
 
 
+def test_special_tokens_may_be_tensors(model):
+    """As in transformers, in the call or in a generation config."""
+    ids = torch.cat([torch.zeros(2, 3, dtype=torch.long), random_ids(5, num_rows=2)], 1)
+    expected = generate(ids, model=model, max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=[11, 12], **WINDOW)
+    options = {"eos_token_id": torch.tensor([11, 12]), "pad_token_id": torch.tensor(0), "max_new_tokens": 30}
+    assert generate(ids, model=model, do_sample=False, **options, **WINDOW).equal(expected)
+    assert generate(ids, GenerationConfig(**options), model=model, **WINDOW).equal(expected)
+
+
+def test_a_decoding_loop_of_ones_own(model):
+    """transformers takes a function as custom_generate: it gets its passes from here, too."""
+    calls = []
+
+    def decode(*args, **kwargs):
+        calls.append(len(args))
+        return transformers.GenerationMixin._sample(*args, **kwargs)
+
+    options = {"model": model, "max_new_tokens": NUM_NEW_TOKENS, "do_sample": False, **WINDOW}
+    assert generate(PROMPT, custom_generate=decode, **options).equal(generate(PROMPT, **options)) and calls
+
+
+@pytest.mark.parametrize(
+    "brought, options",
+    [
+        ({"guidance_scale": 1.5}, {"guidance_scale": None}),
+        ({"penalty_alpha": 0.6}, {"penalty_alpha": None}),
+        ({"pad_token_id": 0, "eos_token_id": 3}, {"pad_token_id": None}),
+        ({"pad_token_id": 0, "eos_token_id": 0}, {"eos_token_id": None}),
+    ],
+)
+def test_none_switches_off_what_the_model_brings(brought, options):
+    """As in transformers. The prompt begins with what may be padding."""
+    model, ids = build_model("qwen3", "sdpa"), torch.cat([torch.zeros(2, 3, dtype=torch.long), random_ids(5, num_rows=2)], 1)
+    ids[1, :3] = 5
+    for name, value in brought.items():
+        setattr(model.generation_config, name, value)
+    options = {"max_new_tokens": 12, "do_sample": False} | options
+    assert generate(ids, model=model, window_length=32, **options).equal(model.generate(ids, **options))
+
+
 @pytest.mark.parametrize("prefill_chunk_size", [None, 5])
 def test_shapes_of_what_is_recorded_past_the_window(prefill_chunk_size):
     """One entry a token. The first belongs to the last pass over the prompt, whose keys are: one copy of the sinks for each of its
