@@ -311,7 +311,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self.settle()
         if not self.is_initialized:
             return
-        super().reorder_cache(beam_idx)
+        self.recurrent.select_rows(beam_idx)
         self.stream.select_rows(beam_idx)
         if self.unseen_token_ids is not None:
             self.unseen_token_ids = [self.unseen_token_ids[row] for row in beam_idx.tolist()]

@@ -12,7 +12,7 @@ from .releases import LinearAttentionLayer, has_previous_state, named_states, ow
 
 
 class RecurrentLayer(LinearAttentionLayer):
-    """A layer with a state, as transformers made it for the model, whose rows are chosen in place."""
+    """A layer with a state, as transformers made it for the model."""
 
     def __init__(self, own: LinearAttentionLayer):
         vars(self).update(vars(own))
@@ -21,13 +21,6 @@ class RecurrentLayer(LinearAttentionLayer):
         """Make room for a state in which it can be changed in any mode. (A graph that is being captured can't leave its mode.)"""
         with contextlib.nullcontext() if is_torchdynamo_compiling() else torch.inference_mode(False):
             super().lazy_initialization(*args, **kwargs)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        states = named_states(self).values()
-        if any(len(state) != len(beam_idx) for state in states):
-            return super().reorder_cache(beam_idx)
-        for state in states:
-            selected(state, beam_idx.to(state.device))
 
 
 class RecurrentSinkLayer(SinkLayer, RecurrentLayer):
@@ -44,10 +37,6 @@ class RecurrentSinkLayer(SinkLayer, RecurrentLayer):
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         RecurrentLayer.lazy_initialization(self, *args, **kwargs)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        SinkLayer.reorder_cache(self, beam_idx)
-        RecurrentLayer.reorder_cache(self, beam_idx)
 
 
 def layers_of_model(config, sink_layers: dict[int, SinkLayer]) -> list:
@@ -107,3 +96,13 @@ class RecurrentStates:
         for name, (rows, idle) in self.idle.items():
             states[name][rows] = idle
         self.idle = {}
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Row i becomes a copy of row `index[i]`; in the same memory if there are as many rows as before."""
+        for layer in self.layers.values():
+            states = named_states(layer).values()
+            if any(len(state) != len(index) for state in states):
+                LinearAttentionLayer.reorder_cache(layer, index)
+                continue
+            for state in states:
+                selected(state, index.to(state.device))
