@@ -195,7 +195,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             self.require_model()
         if torch.is_grad_enabled():  # what is held has no history: gradients end here
             key_states, value_states = key_states.detach(), value_states.detach()
-        stream, layer = self.stream, self.layers[layer_idx]
+        stream, layer = self.stream, self.stream.layers[layer_idx]
         # A compiled graph has no place for checks: `prepare` has checked what it may be called for.
         if layer_idx == stream.first_layer and (stream.current is None or not layer.plan.is_in_tensors):
             self._enter(key_states)
