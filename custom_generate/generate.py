@@ -195,7 +195,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             self.require_model()
         if torch.is_grad_enabled():  # what is held has no history: gradients end here
             key_states, value_states = key_states.detach(), value_states.detach()
-        stream, layer = self.stream, self.layers[layer_idx]
+        stream, layer = self.stream, self.stream.layers[layer_idx]
         # A compiled graph has no place for checks: `prepare` has checked what it may be called for.
         if layer_idx == stream.first_layer and (stream.current is None or not layer.plan.is_in_tensors):
             self._enter(key_states)
@@ -313,7 +313,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self.settle()
         if not self.is_initialized:
             return
-        super().reorder_cache(beam_idx)
+        self.recurrent.select_rows(beam_idx)
         self.stream.select_rows(beam_idx)
         if self.unseen_token_ids is not None:
             self.unseen_token_ids = [self.unseen_token_ids[row] for row in beam_idx.tolist()]

@@ -29,7 +29,7 @@ class Ring:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything that the ring holds."""
-        return [self.slots, *(tensor for written, overwritten in self.log for tensor in (*written, overwritten))]
+        return [self.slots, self.recent, *(tensor for written, overwritten in self.log for tensor in (*written, overwritten))]
 
     @property
     def recent(self) -> torch.Tensor:
@@ -170,10 +170,6 @@ class SinkLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.plan.kv_length, 0
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        for ring in self.rings:
-            ring.select_rows(beam_idx.to(ring.slots.device))
 
 
 def selected(states: torch.Tensor, index: torch.Tensor, dim: int = 0) -> torch.Tensor:

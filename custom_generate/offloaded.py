@@ -20,10 +20,6 @@ class StoredRing(Ring):
     how sinks move is the same as in a plain ring.
     """
 
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [*super().tensors, self.recent]
-
     @torch.inference_mode(False)
     def allocate(self, batch_size: int) -> None:
         super().allocate(batch_size, self.window.num_sinks)

@@ -107,7 +107,7 @@ def unseen_part(prompt: Prompt, cache, num_copies: int = 1) -> Prompt:
     Raises:
         ValueError: it can't be told, or the text is not the one that the cache has seen.
     """
-    if num_copies > 1 and prompt.tokens is not None and cache.batch_size == len(prompt.tokens) * num_copies:
+    if num_copies > 1 and getattr(prompt.tokens, "ndim", 0) > 0 and cache.batch_size == len(prompt.tokens) * num_copies:
         prompt = prompt.repeat(num_copies)  # for a cache that beams or several return sequences have left
     num_tokens = check_tokens(prompt.tokens, 3 if prompt.name == "inputs_embeds" else 2, prompt.mask, cache)
     num_rows, num_columns = prompt.tokens.shape[:2]

@@ -72,7 +72,7 @@ class Quantization:
             found = f"{cache_config!r} ({type(cache_config).__name__})"
             raise ValueError(f"cache_config (quantized= of a SinkCache) must be a dict, got {found}.")
         names = [option.name for option in fields(cls)]
-        for name in cache_config.keys() - names:
+        for name in sorted(cache_config.keys() - names, key=str):
             raise ValueError(f"cache_config has no option {name}. It takes {', '.join(names)}.")
         return cls(**{name: value for name, value in cache_config.items() if value is not None})
 

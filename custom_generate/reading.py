@@ -115,12 +115,12 @@ class ReadableCache(Cache):
         It may choose as many keys as the window holds, and so takes all that are visible, whatever they are: none is kept.
         """
         batch_size, _, dim = indexer_key_states.shape
-        return indexer_key_states.new_zeros(1).expand(batch_size, self.layers[layer_idx].plan.kv_length, dim)
+        return indexer_key_states.new_zeros(1).expand(batch_size, self.stream.layers[layer_idx].plan.kv_length, dim)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens held at most: by any layer, or by the given one."""
-        layer = self.layers[layer_idx] if layer_idx is not None and self.layers else None
-        return layer.window.length if isinstance(layer, SinkLayer) else self.window_length
+        layer = None if self.stream is None else self.stream.layers.get(layer_idx)
+        return self.window_length if layer is None else layer.window.length
 
     get_max_cache_shape = get_max_length  # its name before transformers 5
 

@@ -6,48 +6,23 @@ import torch
 from transformers.utils import is_torchdynamo_compiling
 
 from .layers import SinkLayer, selected
-from .plan import Pass, Plan
+from .plan import Pass
 from .probe import ModelTraits
 from .releases import LinearAttentionLayer, has_previous_state, named_states, own_layers, restore_recurrent
 
 
 class RecurrentLayer(LinearAttentionLayer):
-    """A layer with a state, as transformers made it for the model, whose rows are chosen in place."""
+    """A layer with a state, as transformers made it for the model. If it has keys and values too, they stand in the stream."""
 
-    def __init__(self, own: LinearAttentionLayer):
-        vars(self).update(vars(own))
+    is_croppable = False
+
+    def __init__(self, own: LinearAttentionLayer, is_sliding: bool):
+        vars(self).update(vars(own) | {"is_sliding": is_sliding})
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         """Make room for a state in which it can be changed in any mode. (A graph that is being captured can't leave its mode.)"""
         with contextlib.nullcontext() if is_torchdynamo_compiling() else torch.inference_mode(False):
             super().lazy_initialization(*args, **kwargs)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        states = named_states(self).values()
-        if any(len(state) != len(beam_idx) for state in states):
-            return super().reorder_cache(beam_idx)
-        for state in states:
-            selected(state, beam_idx.to(state.device))
-
-
-class RecurrentSinkLayer(SinkLayer, RecurrentLayer):
-    """A layer that has both, keys and values and a state."""
-
-    is_croppable = False
-
-    def __init__(self, layer: SinkLayer, own: LinearAttentionLayer):
-        vars(self).update(vars(own) | vars(layer) | {"sink_layer": layer})
-
-    @property
-    def plan(self) -> Plan:
-        return self.sink_layer.plan
-
-    def lazy_initialization(self, *args, **kwargs) -> None:
-        RecurrentLayer.lazy_initialization(self, *args, **kwargs)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        SinkLayer.reorder_cache(self, beam_idx)
-        RecurrentLayer.reorder_cache(self, beam_idx)
 
 
 def layers_of_model(config, sink_layers: dict[int, SinkLayer]) -> list:
@@ -56,7 +31,7 @@ def layers_of_model(config, sink_layers: dict[int, SinkLayer]) -> list:
     for index, own in enumerate(layers):
         layer = sink_layers.get(index)
         if isinstance(own, LinearAttentionLayer):
-            layers[index] = RecurrentLayer(own) if layer is None else RecurrentSinkLayer(layer, own)
+            layers[index] = RecurrentLayer(own, is_sliding=layer is not None and layer.is_sliding)
         elif layer is not None:
             layers[index] = layer
     return layers
@@ -107,3 +82,13 @@ class RecurrentStates:
         for name, (rows, idle) in self.idle.items():
             states[name][rows] = idle
         self.idle = {}
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Row i becomes a copy of row `index[i]`; in the same memory if there are as many rows as before."""
+        for layer in self.layers.values():
+            states = named_states(layer).values()
+            if any(len(state) != len(index) for state in states):
+                LinearAttentionLayer.reorder_cache(layer, index)
+                continue
+            for state in states:
+                selected(state, index.to(state.device))

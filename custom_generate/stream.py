@@ -161,10 +161,11 @@ class Stream:
             each.allocate(batch_size)
 
     def select_rows(self, index: torch.Tensor) -> None:
-        """Row i becomes a copy of row `index[i]`, in all that stands beside the layers."""
+        """Row i becomes a copy of row `index[i]`."""
         if len(self.num_seen) > 1:
             self.num_seen, self.base = ([numbers[row] for row in index.tolist()] for numbers in (self.num_seen, self.base))
-        self.ids.select_rows(index.to(self.ids.slots.device))
+        for ring in (*self.rings, self.ids):
+            ring.select_rows(index.to(ring.slots.device))
         for sinks in self.groups:
             sinks.select_rows(index.to(sinks.pristine.device))
         self.batch_size = len(index)

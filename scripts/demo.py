@@ -46,7 +46,7 @@ def full_cache_bytes(cache) -> int:
     """What keys and values of all tokens seen would take."""
     per_token = sum(
         states.shape[1] * states.shape[3] * states.element_size()
-        for layer in cache.layers
+        for layer in cache.stream.layers.values()
         for states in (layer.keys, layer.values)
     )
     return per_token * cache.batch_size * cache.num_tokens_seen

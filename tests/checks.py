@@ -58,7 +58,7 @@ def build_recurrent_model(model_type: str, first_release: str = "5.5") -> torch.
 
 def rings_of(cache: SinkCache) -> list:
     """The keys and the values of every layer that has any, in this order."""
-    return [ring for layer in cache.layers for ring in getattr(layer, "rings", ())]
+    return [ring for layer in cache.stream.layers.values() for ring in layer.rings]
 
 
 def move_ahead(cache: SinkCache, num_tokens: int) -> None:
