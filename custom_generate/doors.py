@@ -7,13 +7,13 @@ from .probe import MAX_EXACT_POSITION, ModelTraits
 from .releases import MODELS_ASK_FOR_QUERY_OFFSET
 
 
-def check_count(name: str, value, least: int = 1) -> None:
+def check_count(name: str, value, least: int = 1, why: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {value!r} ({type(value).__name__}).")
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r} ({type(value).__name__}){why}.")
 
 
 def check_numbers(window_length, num_sink_tokens) -> None:
-    check_count("window_length", window_length)
+    check_count("window_length", window_length, why=": with less, no token could attend even to itself")
     check_count("num_sink_tokens", num_sink_tokens, least=0)
     if num_sink_tokens >= window_length:
         raise ValueError(

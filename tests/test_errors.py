@@ -35,7 +35,7 @@ def untouched(model, monkeypatch):
 @pytest.mark.parametrize(
     "numbers, message",
     [
-        ({"window_length": 0}, "window_length must be an int of at least 1, got 0"),
+        ({"window_length": 0}, r"window_length must be an int of at least 1, got 0 \(int\): with less, no token could attend"),
         ({"window_length": -5}, "window_length must be an int of at least 1, got -5"),
         ({"window_length": 16.0}, r"window_length must be an int of at least 1, got 16.0 \(float\)"),
         ({"window_length": "16"}, r"window_length must be an int of at least 1, got '16' \(str\)"),
