@@ -89,7 +89,9 @@ class StaticRing(Ring):
 
     def allocate(self, batch_size: int) -> None:
         if batch_size in (0, len(self.slots)):
-            self.forget()  # the memory stays: no query sees what is left in it
+            self.forget()  # the memory stays
+            if batch_size:
+                self.slots.zero_()  # no query sees what is left; but 0 * NaN is NaN
         else:
             super().allocate(batch_size, self.window.length)
             keep_in_place(self.slots)
@@ -136,7 +138,9 @@ class StaticSinks(Sinks):
 
     def allocate(self, batch_size: int) -> None:
         if self.pristine is not None and batch_size in (0, self.pristine.shape[2]):
-            self.forget()  # the memory stays
+            self.forget()
+            if batch_size:
+                self.pristine.zero_()
         else:
             super().allocate(batch_size)
             keep_in_place(self.pristine)

@@ -415,3 +415,13 @@ def test_a_reset_forgets_what_was_recorded():
     logits = feed(model, cache, rows, [10] + [1] * 50, mask)
     assert_same(logits[:1, 5:], oracle_logits(model, ids[:, 5:], **WINDOW))
     assert_same(logits[1:], oracle_logits(model, ids, **WINDOW))
+
+
+def test_a_reset_forgets_what_was_no_number():
+    """Would catch memory that stays as it is: where a mask hides NaN, 0 * NaN is NaN."""
+    model, ids = build_model("llama", "sdpa"), random_ids(30)
+    cache = SinkCache.from_model(model, **WINDOW, static=True)
+    with torch.no_grad():
+        model(**cache.prepare(inputs_embeds=torch.full((1, 20, model.config.hidden_size), float("nan"))))
+    cache.reset()
+    assert_same(feed(model, cache, ids, [1] * 30), oracle_logits(model, ids, WINDOW_LENGTH, NUM_SINK_TOKENS))
