@@ -36,7 +36,7 @@ def save_cache(cache, path: str | os.PathLike) -> None:
         raise ValueError("Can't save a cache whose model is gone: the file has to say which model can go on from it.")
     if os.path.isdir(path):
         raise IsADirectoryError(f"Can't save to {os.fspath(path)}: it is a folder. Name a file in it.")
-    beside = Path(f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.tmp")
+    beside = Path(f"{os.fsdecode(path)}.{os.getpid()}-{threading.get_ident()}.tmp")
     if not beside.parent.is_dir():
         raise FileNotFoundError(f"Can't save to {os.fspath(path)}: there is no folder {beside.parent}. Make it first.")
     for sinks in stream.groups:
@@ -84,7 +84,7 @@ class SavedFile:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"There is no file {os.fspath(path)!r} to load a SinkCache from.")
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
+            with safe_open(os.fsdecode(path), framework="pt", device="cpu") as file:
                 metadata = (file.metadata() or {}).get("sink_cache")
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}
         except Exception as error:

@@ -150,6 +150,14 @@ def test_after_every_operation(tmp_path):
     assert_goes_on_alike(model, cache, tmp_path / "cache")
 
 
+def test_a_path_in_bytes(tmp_path, model):
+    cache = SinkCache.from_model(model, 16, 4)
+    feed(model, cache, random_ids(20), [20])
+    cache.save(os.fsencode(tmp_path / "cache"))
+    assert os.listdir(tmp_path) == ["cache"]
+    assert SinkCache.load(os.fsencode(tmp_path / "cache"), model).num_tokens_seen == 20
+
+
 def test_a_cache_that_has_seen_nothing(tmp_path):
     model = build_model("llama")
     SinkCache.from_model(model, **WINDOW).save(tmp_path / "cache")
