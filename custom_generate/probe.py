@@ -277,7 +277,7 @@ class Probe:
         for cache, visible in ((mixed, [*seen, *[False] * num_hidden, True]), (self.cache, [*seen, True])):
             with self._looking(reason, FEEDING):
                 logits.append(self._ask(cache, last, self._masks(torch.tensor(visible)[None, None, None])))
-        if self._differ(*logits, NEGLIGIBLE):
+        if self._differ(*logits, NEGLIGIBLE if self._noise().any() else SAME):  # no noise shows if nothing has a position
             raise self._refusal(reason, FEEDING)
 
     def _masks(self, visible: torch.Tensor) -> dict | torch.Tensor:

@@ -220,12 +220,11 @@ class SeenRow:
         return len(self.first) > 0 and ids[: len(self.first)] == self.first[: len(ids)]
 
     def _overlap(self, ids: list[int]) -> int:
-        """The largest number of tokens at their beginning that are the last ones of the text, if new ones follow."""
-        for num in range(min(len(ids) - 1, self.num_seen), 0, -1):
-            num_known = min(num, len(self.recent))
-            if ids[num - num_known : num] == self.recent[len(self.recent) - num_known :]:
-                return num
-        return 0
+        """The largest number of tokens at their beginning that are the last ones of the text, if new ones follow. If they begin
+        with the token that was returned last: the largest that it follows, if any, since a text may say it several times."""
+        lengths, num_known = range(1, min(len(ids) - 1, self.num_seen) + 1), len(self.recent)
+        found = [num for num in lengths if ids[max(num - num_known, 0) : num] == self.recent[max(num_known - num, 0) :]]
+        return max(found, key=lambda num: (ids[0] == self.unseen == ids[num], num), default=0)
 
     def _differences(self, ids: list[int]) -> list[tuple[int, int]]:
         """The tokens held that are others in this text: the number of each, and its id that was seen."""

@@ -4,6 +4,7 @@ A release is recognised by what it has, not by its number, so that the next rele
 passes to methods of a cache in one form or another (`update`, `get_mask_sizes`, `crop`) is taken in either form by the method.
 """
 
+import copy
 import inspect
 
 import torch
@@ -125,6 +126,16 @@ def stop_counting(view: torch.nn.Module) -> None:
             return model_kwargs
 
         vars(view)["_get_initial_cache_position"] = get_initial_cache_position
+
+
+def completed_config(model: torch.nn.Module, arguments: dict):
+    """Before 5.0, what `generate` makes of the generation configs of a call and of the model: the model's holds for each option
+    with its default value, or, if it is older than 4.50 or `use_model_defaults` says so, for none. Since then, None."""
+    if "use_model_defaults" not in inspect.signature(GenerationMixin.generate).parameters:
+        return None
+    view = shallow_copy(model)
+    view.generation_config = copy.deepcopy(model.generation_config)  # transformers writes to it
+    return view._prepare_generation_config(arguments.get("generation_config"), arguments.get("use_model_defaults"))[0]
 
 
 def input_device(model: torch.nn.Module) -> torch.device:

@@ -479,3 +479,21 @@ def test_defaults_of_the_model(model):
     for use_model_defaults, penalty in ((True, 1.5), (False, 1.0)):
         ids = generate(PROMPT, config, model=own, use_model_defaults=use_model_defaults, **WINDOW)
         assert ids.equal(generate(PROMPT, config, model=model, repetition_penalty=penalty, **WINDOW))
+
+
+@pytest.mark.parametrize("passes_config", [False, True])
+def test_beams_and_guidance_that_only_the_model_asks_for(passes_config):
+    """In transformers 4, the config of a call leaves to the model what has its default value, and `num_beams` has 1."""
+    own = build_model("qwen3", "sdpa")
+    own.generation_config.num_beams = own.generation_config.num_return_sequences = 2
+    options = {"max_new_tokens": NUM_NEW_TOKENS}
+    options = {"generation_config": GenerationConfig(**options)} if passes_config else options
+    cache = SinkCache(**WINDOW)
+    texts = generate(PROMPT[:1], model=own, past_key_values=cache, **options)
+    assert len(texts) == 2 and cache.num_tokens_seen_by_row == [PROMPT.shape[1] - 1] * 2  # it stays at the prompt
+    with pytest.raises(ValueError, match="guidance_scale=1.5 can't be used with num_beams"):
+        generate(PROMPT[:1], model=own, guidance_scale=1.5, **options, **WINDOW)
+    if "use_model_defaults" in inspect.signature(own.generate).parameters and passes_config:
+        own.generation_config.guidance_scale = 1.5
+        ids = generate(PROMPT, model=own, use_model_defaults=False, **options, **WINDOW)
+        assert ids.equal(generate(PROMPT, model=build_model("qwen3", "sdpa"), **options, **WINDOW))

@@ -289,6 +289,14 @@ def test_as_many_new_tokens_as_the_window_holds(model):
     assert_goes_on(model, outputs, torch.cat([text, new[:, 1:]], 1))
 
 
+def test_the_end_of_a_text_that_repeats_the_token_returned_last(model):
+    """More of its tokens than those that begin the cut history would fit, but then that token would not follow."""
+    cache, text = answered(model, random_ids(30), [6] * 6)
+    text = torch.cat([text, random_ids(WINDOW_LENGTH - 3, seed=9)], 1)
+    outputs = generate(text[:, -WINDOW_LENGTH:], model=model, past_key_values=cache, max_new_tokens=10, **RECORD)
+    assert_goes_on(model, outputs, text)
+
+
 def test_the_end_of_a_text_whose_first_token_is_the_one_returned_last(model):
     """A history that was cut, and begins by chance with that token, is not taken for new tokens: all of it would be read twice."""
     ids = random_ids(120)
