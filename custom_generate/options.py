@@ -9,7 +9,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
 from .doors import check_count
-from .releases import CACHE_NAME, CACHE_NAMES, completed_config, input_device
+from .releases import CACHE_NAME, CACHE_NAMES, input_device, is_left_to_model
 
 # Arguments of transformers' loader of custom code, which it hands on.
 LOADER_ARGUMENTS = frozenset(
@@ -75,7 +75,6 @@ class Call:
         self.cache = self._take("cache", *sorted(CACHE_NAMES))
         if (ids := self._take("prompt", "inputs", "input_ids")) is not None:
             self.arguments["input_ids"] = ids
-        self.completed_config = completed_config(model, self.arguments)
         names = [name for name in self.arguments if name.startswith((*PICTURES, *TOKEN_TYPES))]
         given = {name: value for name in names if (value := self.arguments.pop(name)) is not None}
         self.pictures = {name: value for name, value in given.items() if name not in TOKEN_TYPES or bool(value.any())}
@@ -98,10 +97,10 @@ class Call:
 
     def option(self, name: str):
         """The same, completed by the generation config of the model where the call leaves it out."""
-        value = self.asked(name)
-        if name not in self.arguments and hasattr(self.completed_config, name):
-            return getattr(self.completed_config, name)
-        return value if value is not None or name in self.arguments else getattr(self.model.generation_config, name, None)
+        value, own, given = self.asked(name), self.model.generation_config, self.arguments.get("generation_config")
+        takes_defaults = self.arguments.get("use_model_defaults")
+        is_said = name in self.arguments or given is not None and not is_left_to_model(name, value, own, takes_defaults)
+        return value if is_said else getattr(own, name, None)
 
     def refuse_unsupported(self) -> None:
         for name, reason in UNSUPPORTED_OPTIONS.items():

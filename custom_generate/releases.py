@@ -4,12 +4,11 @@ A release is recognised by what it has, not by its number, so that the next rele
 passes to methods of a cache in one form or another (`update`, `get_mask_sizes`, `crop`) is taken in either form by the method.
 """
 
-import copy
 import inspect
 
 import torch
 import transformers
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, cache_utils
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel, cache_utils
 
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57):
     raise ImportError(
@@ -128,14 +127,15 @@ def stop_counting(view: torch.nn.Module) -> None:
         vars(view)["_get_initial_cache_position"] = get_initial_cache_position
 
 
-def completed_config(model: torch.nn.Module, arguments: dict):
-    """Before 5.0, what `generate` makes of the generation configs of a call and of the model: the model's holds for each option
-    with its default value, or, if it is older than 4.50 or `use_model_defaults` says so, for none. Since then, None."""
-    if "use_model_defaults" not in inspect.signature(GenerationMixin.generate).parameters:
-        return None
-    view = shallow_copy(model)
-    view.generation_config = copy.deepcopy(model.generation_config)  # transformers writes to it
-    return view._prepare_generation_config(arguments.get("generation_config"), arguments.get("use_model_defaults"))[0]
+def is_left_to_model(name: str, value, own, use_model_defaults: bool | None) -> bool:
+    """Whether the generation config of a call, which has this value, leaves an option to that of the model, `own`. Before 5.0 it
+    does with each default value; or, if `own` is older than 4.50 or `use_model_defaults` says so, with special tokens alone."""
+    defaults = vars(GenerationConfig())
+    if defaults["num_beams"] is None or name not in defaults:
+        return value is None
+    if use_model_defaults is None:
+        use_model_defaults = tuple(int(part) for part in own.transformers_version.split(".")[:2]) >= (4, 50)
+    return value == defaults[name] and (use_model_defaults or name.endswith("_token_id"))
 
 
 def input_device(model: torch.nn.Module) -> torch.device:

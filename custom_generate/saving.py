@@ -59,7 +59,7 @@ def save_cache(cache, path: str | os.PathLike) -> None:
 
 def load_cache(cls, path: str | os.PathLike, model: torch.nn.Module, expected: dict):
     saved = SavedFile(path)
-    arguments, here, there = saved.number("arguments"), settings_of(model), saved.number("model")
+    arguments, here, there = saved.number("arguments", dict), settings_of(model), saved.number("model", dict)
     for name, value in expected.items():
         value = vars(Quantization.of(value)) if name == "quantized" and value is not None else value
         if value is not None and value != arguments.get(name):
@@ -101,9 +101,11 @@ class SavedFile:
         if file_format != SAVED_FORMAT:
             raise self.refusal(f"it has format {file_format}, and this code reads format {SAVED_FORMAT}. Update sink_cache")
 
-    def number(self, name: str):
+    def number(self, name: str, kind: type = object):
         if name not in self.numbers:
             raise self.misfit(f"it does not say {name}")
+        if not isinstance(self.numbers[name], kind):
+            raise self.misfit(f"{name} can't be {self.numbers[name]!r:.50}")
         return self.numbers[name]
 
     @torch.inference_mode(False)  # what is made here may be changed in any mode
@@ -114,8 +116,8 @@ class SavedFile:
         if batch_size == -1 and not self.tensors:
             return
         num_seen, base, unseen = self.number("num_seen"), self.number("base"), self.number("unseen_token_ids")
-        are_right = all(are_counts(numbers, batch_size) for numbers in (num_seen, base, unseen or [0]))
-        if not are_right or len(num_seen) != len(base) or not any(num_seen):
+        are_right = all(are_counts(numbers, batch_size) for numbers in (num_seen, base, [0] if unseen is None else unseen))
+        if not are_right or len(num_seen) != len(base) or not any(num_seen) or any(map(int.__gt__, base, num_seen)):
             counts = f"{batch_size!r:.50} rows that have seen {num_seen!r:.50} tokens, counted from {base!r:.50}"
             raise self.misfit(f"{counts}, can't be")
         stream.num_seen, stream.base, stream.knows_ids = num_seen, base, bool(self.number("knows_ids"))
@@ -144,7 +146,7 @@ class SavedFile:
                 name: self._take(f"layers.{index}.recurrent.{name}", state, batch_size).to(state.device)
                 for name, state in cache.traits.recurrent_states[index].items()
             }
-            flags, num_states = self.number("has_previous_state").get(str(index)), len(has_previous_state(layer))
+            flags, num_states = self.number("has_previous_state", dict).get(str(index)), len(has_previous_state(layer))
             if not isinstance(flags, list) or len(flags) != num_states:
                 raise self.misfit(f"layer {index} has {flags!r:.50} states in the file, and {num_states} in this model")
             restore_recurrent(layer, states, flags)
