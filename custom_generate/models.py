@@ -155,10 +155,10 @@ def warn_of(model: torch.nn.Module, window_length: int, traits: ModelTraits, kno
             "(max_position_embeddings). What it writes once it sees more tokens than that may be nonsense."
         )
     if not traits.splits_exactly and not known:
+        cause = " (transformers limits the time steps of its recurrent layers in the former only)" if limits_time_steps(model) else ""
         logging.get_logger(__name__).warning(
-            f"{name} computes a pass of several tokens in another way than passes of single ones (transformers limits the time "
-            "steps of its recurrent layers in the former only), so its logits depend on how a text is fed. SinkCache feeds it as "
-            "transformers' own generate does: the prompt together, new tokens one by one."
+            f"{name} computes a pass of several tokens in another way than passes of single ones{cause}, so its logits depend on "
+            "how a text is fed. SinkCache feeds it as transformers' own generate does: the prompt together, new tokens one by one."
         )
 
 
