@@ -10,6 +10,8 @@ from .releases import input_device, is_autocast_enabled
 from .rotation import Rotation
 from .window import Window
 
+logger = logging.get_logger(__name__)
+
 # The names under which models with recurrent layers look for the masks of layers that see all, of layers with a native window,
 # and of layers that have to know only what is padding.
 FULL_MASKS, SLIDING_MASKS = ("full_attention", "hybrid"), ("sliding_attention", "hybrid_sliding")
@@ -150,15 +152,15 @@ def warn_of(model: torch.nn.Module, window_length: int, traits: ModelTraits, kno
     name = type(model).__name__
     trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or window_length
     if window_length > trained and all(length <= trained for length, *_ in known):
-        logging.get_logger(__name__).warning(
+        logger.warning(
             f"window_length={window_length} is longer than the {trained} positions that {name} was trained with "
             "(max_position_embeddings). What it writes once it sees more tokens than that may be nonsense."
         )
     if not traits.splits_exactly and not known:
-        cause = " (transformers limits the time steps of its recurrent layers in the former only)" if limits_time_steps(model) else ""
-        logging.get_logger(__name__).warning(
-            f"{name} computes a pass of several tokens in another way than passes of single ones{cause}, so its logits depend on "
-            "how a text is fed. SinkCache feeds it as transformers' own generate does: the prompt together, new tokens one by one."
+        cause = " (transformers limits the time steps of recurrent layers in the former only)" if limits_time_steps(model) else ""
+        logger.warning(
+            f"{name} computes a pass of several tokens in another way than passes of single ones{cause}, so its logits depend "
+            "on how a text is fed. SinkCache feeds it as transformers does: the prompt together, new tokens one by one."
         )
 
 

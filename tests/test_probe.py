@@ -262,7 +262,7 @@ def test_only_the_named_methods_are_noted():
 @pytest.fixture
 def warnings(monkeypatch):
     said = []
-    monkeypatch.setattr(probe.logger, "warning", said.append)
+    monkeypatch.setattr(models.logger, "warning", said.append)
     return said
 
 
