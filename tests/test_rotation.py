@@ -181,15 +181,6 @@ def test_the_rotation_is_found_in_half_precision(name, dtype):
             torch.testing.assert_close(a.frequency, b.frequency, rtol=1e-2, atol=0)
 
 
-def test_a_model_is_asked_once():
-    """One short forward pass at the first call with a window, none after that."""
-    model, calls = build_model("llama"), []
-    model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True)
-    for _ in range(3):
-        SinkCache.from_model(model, 16, 4)
-    assert len(calls) == 1 and calls[0] < 300
-
-
 def test_scores_that_depend_on_the_position_itself_are_refused():
     """Some models scale queries by their absolute position, Ministral 3 from some length on: nothing that shows in the keys."""
     arguments = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
