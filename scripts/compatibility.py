@@ -90,7 +90,7 @@ def reason_of(message: str) -> str:
         ("do not put their keys", "no cache of keys and values"),
         ("split into passes", "logits depend on how a text is split into passes (transformers' Mamba 1)"),
         ("where a text stands", "scores depend on the position itself"),
-        ("order in which keys", "recurrent states and scores by the order of keys"),
+        ("not the mask alone", "recurrent states and scores by the order of keys"),
         ("another kind of state", "a kind of cache layer that can't be bounded"),
         ("a first look", "own cache class, or inputs of its own"),
         ("different lengths", "layers with different windows share one mask"),
