@@ -90,6 +90,8 @@ class Stream:
         for (window, device), (layers, groups) in self.places.items():
             plan = self.plan_of(window, current, device)
             self.plans.append(plan)
+            if current.is_recorded and not plan.is_in_tensors:
+                _ = plan.written  # known now: a graph that is being captured can't compute it
             for layer in layers:
                 layer.plan = plan
             for sinks in groups:
