@@ -117,7 +117,7 @@ class SavedFile:
             return
         num_seen, base, unseen = self.number("num_seen"), self.number("base"), self.number("unseen_token_ids")
         are_right = all(are_counts(numbers, batch_size) for numbers in (num_seen, base, [0] if unseen is None else unseen))
-        if not are_right or len(num_seen) != len(base) or not any(num_seen) or any(map(int.__gt__, base, num_seen)):
+        if not are_right or len(num_seen) != len(base) or not any(num_seen):
             counts = f"{batch_size!r:.50} rows that have seen {num_seen!r:.50} tokens, counted from {base!r:.50}"
             raise self.misfit(f"{counts}, can't be")
         stream.num_seen, stream.base, stream.knows_ids = num_seen, base, bool(self.number("knows_ids"))
