@@ -132,7 +132,8 @@ def test_an_assistant_has_a_window_of_its_own(model, window_length, num_prompt_t
     with passes_of(model) as columns:
         outputs = generate(prompt, model=model, assistant_model=assistant, max_new_tokens=num_tokens, **RECORD, **window)
     num_draft = min(6, window_length - 4 - 1)
-    assert len(columns) <= num_tokens / (num_draft + 1) + num_prompt_tokens / 5 + 3, "drafts were rejected"
+    num_asked = 3  # passes in which the model is asked how it treats positions
+    assert len(columns) - num_asked <= num_tokens / (num_draft + 1) + num_prompt_tokens / 5 + 2, "drafts were rejected"
     assert_like_plain_decoding(model, prompt, outputs, window, max_new_tokens=num_tokens)
     (cache,) = caches
     assert cache.num_tokens_seen > 4 * window_length == 4 * cache.window_length
