@@ -60,6 +60,7 @@ class Plan:
         can_be_undone: rolling back the pass restores the window, because no new token has evicted another new token.
         recent_before: the slots of recent tokens that are in use before the pass.
         rows, slots, columns: column `columns[i]` of row `rows[i]` is written to slot `slots[i]`. Slices where that is possible.
+        written: row, slot and token of all that a recorded pass writes, known before it: a captured graph can't compute them.
         shifts: how far the sinks are moved: a number for each row (a list), or for each query, `[rows, columns]`.
         order: slots in the order of their tokens, `[rows, num_held]`, for an ordered pass. Else None.
     """
@@ -94,6 +95,7 @@ class Plan:
             self.rows, self.slots, self.columns = slice(None), slice(start, start + num_columns), slice(None)
         else:
             self.rows, self.slots, self.columns = self._entries()
+        self.written = self._written() if current.is_recorded else None
 
     # Tokens and slots. All tensors have one row for each row of the batch, or a single row.
 
@@ -123,9 +125,7 @@ class Plan:
         is_sink = self.slots < self.window.num_sinks
         return self.rows if self.is_uniform else self.rows[is_sink], self.slots[is_sink], self.columns[is_sink]
 
-    @cached_property
-    def written(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Row, slot and token of everything that is written, one entry each."""
+    def _written(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows, slots, columns = self._entries()
         if not self.is_uniform:
             return rows, slots, self.tokens[rows, columns]

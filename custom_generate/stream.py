@@ -30,6 +30,7 @@ class Stream:
         done: a pass that has ended and is not yet part of `num_seen`. (A compiled pass can say no more than that it has ended.)
         ids: ids of the tokens held, as a ring that does not move; `knows_ids` is False if some tokens came without ids.
         places: the layers, and the groups of sinks that move alike, of each window and device. The place of `ids` comes first.
+        shortest_length: length of the shortest window.
         num_recorded: tokens that can be rolled back.
         num_intact: the longest text that can be rolled back without a log: nothing of it has been evicted.
     """
@@ -90,8 +91,6 @@ class Stream:
         for (window, device), (layers, groups) in self.places.items():
             plan = self.plan_of(window, current, device)
             self.plans.append(plan)
-            if current.is_recorded and not plan.is_in_tensors:
-                _ = plan.written  # known now: a graph that is being captured can't compute it
             for layer in layers:
                 layer.plan = plan
             for sinks in groups:
@@ -125,7 +124,7 @@ class Stream:
 
     def give_up(self) -> None:
         """The open pass was interrupted, and can be begun anew: what was recorded of it is put back."""
-        if self.current is not None and self.current.is_recorded:
+        if self.current.is_recorded:
             self.undo(self.num_seen)
             if not self.is_recording:
                 self.forget_recorded()

@@ -118,10 +118,11 @@ def test_slots_of_tokens_by_hand():
 
 
 def pass_of(num_seen: list[int], num_columns: int) -> Pass:
-    """Of rows that have seen so many tokens each, and go on by as many as there are columns."""
+    """Of rows that have seen so many tokens each, and go on by as many as there are columns. It is recorded."""
     num_rows = len(num_seen)
     num_after = [seen + num_columns for seen in num_seen]
-    return Pass(num_seen, [num_columns] * num_rows, num_after, [0] * num_rows, batch_size=num_rows, num_columns=num_columns)
+    shape = {"batch_size": num_rows, "num_columns": num_columns}
+    return Pass(num_seen, [num_columns] * num_rows, num_after, [0] * num_rows, **shape, is_recorded=True)
 
 
 @pytest.mark.parametrize("num_seen", [[50], [3, 20]])
