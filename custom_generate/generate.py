@@ -115,8 +115,6 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     @classmethod
     def from_model(cls, model: torch.nn.Module, *args, **kwargs) -> "SinkCache":
         """A cache for this model; further arguments are those of `SinkCache`, and errors those of both and of `bind`."""
-        if not isinstance(model, torch.nn.Module):
-            raise ValueError(f"SinkCache.from_model takes a loaded model, got {model!r} ({type(model).__name__}).")
         cache = cls(*args, **kwargs)
         cache.bind(model)
         return cache

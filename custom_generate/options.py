@@ -163,8 +163,8 @@ class Call:
             if not cache.arguments[name]:
                 wrong[f'cache_implementation="{name}"'] = f"is not {name}: it was not made with {name}={value}"
         for name in CACHE_SIZES:
-            if self.arguments.get(name) not in (None, cache.arguments[name]):
-                wrong[f"{name}={self.arguments[name]}"] = f"was made with {cache.arguments[name]}"
+            if self.asked(name) not in (None, cache.arguments[name]):
+                wrong[f"{name}={self.asked(name)}"] = f"was made with {cache.arguments[name]}"
         options = mode.get("quantized")
         if options and quantization is not None and type(quantization).of(options) != quantization:
             wrong[f"cache_config={options}"] = f"was made with {quantization}"

@@ -150,8 +150,10 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The model of transformers inside of what torch.compile, PEFT or DataParallel puts around it.
 
     Raises:
-        ValueError: the wrapper adds virtual tokens (prompt learning), or the model is no decoder.
+        ValueError: this is no model, the wrapper adds virtual tokens (prompt learning), or the model is no decoder.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"Pass a loaded model, as from_pretrained returns it, not {model!r:.50} ({type(model).__name__}).")
     wrapper = model
     while not isinstance(model, PreTrainedModel):
         if hasattr(model, "get_base_model"):  # PEFT

@@ -170,6 +170,9 @@ def test_a_cache_with_other_numbers(model):
         generate(random_ids(30), model=model, past_key_values=cache, window_length=20)
     with pytest.raises(ValueError, match="num_sink_tokens=0 was asked for.*made with 4"):
         generate(random_ids(30), model=model, past_key_values=cache, num_sink_tokens=0)
+    config = transformers.GenerationConfig(window_length=20)
+    with pytest.raises(ValueError, match="window_length=20 was asked for.*made with 16"):
+        generate(random_ids(30), config, model=model, past_key_values=cache)
     assert cache.get_seq_length() == 22
 
 
@@ -336,8 +339,11 @@ def test_a_release_that_is_too_old(monkeypatch):
 
 
 def test_what_is_no_model_and_no_cache(untouched):
-    with pytest.raises(ValueError, match=r"takes a loaded model, got 'gpt2' \(str\)"):
+    message = r"Pass a loaded model, as from_pretrained returns it, not 'gpt2' \(str\)"
+    with pytest.raises(ValueError, match=message):
         SinkCache.from_model("gpt2")
+    with pytest.raises(ValueError, match=message):
+        generate(random_ids(5), model=untouched, assistant_model="gpt2", **WINDOW)
     with pytest.raises(ValueError, match=r"The cache that is passed must be a Cache, got \(1, 2\) \(tuple\)"):
         generate(random_ids(5), model=untouched, past_key_values=(1, 2))
 
