@@ -81,14 +81,15 @@ def test_the_oracle_tells_sinks_that_are_left_where_they_were():
         assert_same(logits, wrong)
 
 
+@pytest.mark.parametrize("window_lengths", [(256, 16384), pytest.param((1024, 4096), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_windows_up_to_16384_are_accepted(path, dtype):
+def test_windows_up_to_16384_are_accepted(path, dtype, window_lengths):
     """Rounding of angles grows with the position, and each model amplifies it in its own way: no reason to refuse one."""
     model = load(path, dtype)
     try:
         for attention in ("eager", "sdpa"):
             model.set_attn_implementation(attention)
-            for window_length in (256, 1024, 4096, 16384):
+            for window_length in window_lengths:
                 SinkCache.from_model(model, window_length, NUM_SINK_TOKENS)
     finally:
         model.set_attn_implementation("sdpa")
