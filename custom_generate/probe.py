@@ -37,7 +37,6 @@ from .releases import (
     input_device,
     makes_masks_itself,
     named_states,
-    own_layers,
     uncompiled_copy,
 )
 from .rotation import Rotation, candidate_rotations
@@ -150,7 +149,7 @@ class Probe:
         self.max_positions = find_max_positions(model, self.config) if "position_ids" in self.accepted else None
         self.rebase_at = self._rebase_at()
         with self._looking():
-            own = own_layers(self.config)
+            own = DynamicCache(config=self.config).layers  # as the model's own `generate` would make them
         self.native_windows = [self._native_window(index, layer) for index, layer in enumerate(own)]
         self.is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in own)
         self.is_indexed = any(isinstance(layer, IndexedLayer) for layer in own)
@@ -253,9 +252,9 @@ class Probe:
         cache = NotingCache(config=self.config)
         with self._looking("this release takes no masks for its recurrent and other layers: try a newer one", FEEDING):
             self._ask(cache, slice(0, 1), dict.fromkeys((*FULL_MASKS, *SLIDING_MASKS, *PADDING_MASKS)))
-        first, cache.layers_reached = cache.layers_reached, set()
+        first, cache.layers_reached = cache.layers_reached, frozenset()
         self._ask(cache, slice(1, 3))
-        noted = frozenset(first & cache.layers_reached)
+        noted = first & cache.layers_reached
         whole = self._split_into(NUM_SPLIT)
         if self._differ(self._split_into(NUM_SPLIT // 2, NUM_SPLIT // 2), whole):
             reason = "its recurrent layers forget their state in a pass of several tokens"

@@ -3,12 +3,13 @@
 import contextlib
 
 import torch
+from transformers import DynamicCache
 from transformers.utils import is_torchdynamo_compiling
 
 from .layers import SinkLayer, selected
 from .plan import Pass
 from .probe import ModelTraits
-from .releases import LinearAttentionLayer, has_previous_state, named_states, own_layers, restore_recurrent
+from .releases import LinearAttentionLayer, has_previous_state, named_states, restore_recurrent
 
 
 class RecurrentLayer(LinearAttentionLayer):
@@ -27,7 +28,7 @@ class RecurrentLayer(LinearAttentionLayer):
 
 def layers_of_model(config, sink_layers: dict[int, SinkLayer]) -> list:
     """One layer for each layer of the model: ours for keys and values, and those of transformers for everything else."""
-    layers = own_layers(config)
+    layers = DynamicCache(config=config).layers
     for index, own in enumerate(layers):
         layer = sink_layers.get(index)
         if isinstance(own, LinearAttentionLayer):
