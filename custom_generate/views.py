@@ -6,7 +6,6 @@ view, attention is sdpa, or eager where the model has no sdpa. Nothing is left o
 
 import functools
 import types
-import weakref
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -14,10 +13,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .releases import shallow_copy, unwrapped
 
 SUPPORTED_ATTENTION = ("eager", "sdpa")
-# In place of each module of a model, a shallow copy: one for each, so that a module that is used twice is one in the view too.
-_copies: "weakref.WeakKeyDictionary[torch.nn.Module, torch.nn.Module]" = weakref.WeakKeyDictionary()
-# Likewise the configs of each model, with their copies, by their identity.
-_configs: "weakref.WeakKeyDictionary[torch.nn.Module, dict[int, tuple]]" = weakref.WeakKeyDictionary()
 
 
 def check_attention(config: PretrainedConfig) -> None:
@@ -51,8 +46,8 @@ def view_of(model: torch.nn.Module) -> torch.nn.Module:
             f'{config._attn_implementation}, which is fixed then. Load it with from_pretrained(..., attn_implementation="sdpa").'
         )
     has_sdpa = all(part._supports_sdpa for part in model.modules() if isinstance(part, PreTrainedModel))
-    view = shallow_copy(_copied(model, "sdpa" if has_sdpa else "eager", _configs.setdefault(model, {})))
-    vars(view)["viewed_model"] = model  # not in `_copies`: it would keep the model for good
+    view = _copied(model, "sdpa" if has_sdpa else "eager")
+    vars(view)["viewed_model"] = model
     return view
 
 
@@ -68,39 +63,32 @@ def model_for(model: torch.nn.Module) -> torch.nn.Module:
     return model if view is inner else view
 
 
-def _copied(module: torch.nn.Module, attention: str, configs: dict) -> torch.nn.Module:
-    """The copy of a module, brought up to date. It shares everything but its submodules and configs, which are copies, too."""
-    copied = _copies.setdefault(module, shallow_copy(module))
+def _copied(model: torch.nn.Module, attention: str) -> torch.nn.Module:
+    """A copy of a model. It shares everything but its modules and configs: each of them has one copy, wherever it stands."""
+    copies = {id(module): shallow_copy(module) for module in model.modules()}
 
     def in_copy(value):
         """Methods that hooks keep, and have put in the place of others, are those of the copy."""
         if isinstance(value, PretrainedConfig):
-            return _copied_config(value, attention, configs)
+            copied = vars(copies.setdefault(id(value), shallow_copy(value)))
+            copied |= {name: in_copy(part) for name, part in vars(value).items()}
+            if value._attn_implementation not in (None, *SUPPORTED_ATTENTION):
+                copied["_attn_implementation_internal"] = attention
+            return copies[id(value)]
         value = getattr(value, "_torchdynamo_orig_callable", value)
-        if isinstance(value, types.MethodType) and value.__self__ is module:
-            return types.MethodType(value.__func__, copied)
-        if isinstance(value, functools.partial) and value.args and value.args[0] is module:
-            rebound = functools.partial(value.func, copied, *value.args[1:], **value.keywords)
+        if isinstance(value, types.MethodType) and id(value.__self__) in copies:
+            return types.MethodType(value.__func__, copies[id(value.__self__)])
+        if isinstance(value, functools.partial) and value.args and id(value.args[0]) in copies:
+            rebound = functools.partial(value.func, copies[id(value.args[0])], *value.args[1:], **value.keywords)
             vars(rebound).update({name: in_copy(each) for name, each in vars(value).items()})  # its signature
             return rebound
         return value
 
-    values = {name: in_copy(value) for name, value in vars(module).items()}
-    for name in {"_attn_implementation", "attn_implementation"} & values.keys():  # some layers remember it
-        values[name] = values[name] if values[name] in SUPPORTED_ATTENTION else attention
-    parts = module._modules.items()
-    values["_modules"] = {name: None if part is None else _copied(part, attention, configs) for name, part in parts}
-    values["_compiled_call_impl"] = None  # compiled for the model itself
-    vars(copied).update(values)
-    return copied
-
-
-def _copied_config(config: PretrainedConfig, attention: str, configs: dict) -> PretrainedConfig:
-    """Modules that share a config do so in the view."""
-    _, copied = configs.setdefault(id(config), (config, shallow_copy(config)))
-    parts = {name: value for name, value in vars(config).items() if isinstance(value, PretrainedConfig)}
-    values = vars(config) | {name: _copied_config(part, attention, configs) for name, part in parts.items()}
-    if config._attn_implementation not in (None, *SUPPORTED_ATTENTION):
-        values["_attn_implementation_internal"] = attention
-    vars(copied).update(values)
-    return copied
+    for module in model.modules():
+        values = {name: in_copy(value) for name, value in vars(module).items()}
+        for name in {"_attn_implementation", "attn_implementation"} & values.keys():  # some layers remember it
+            values[name] = values[name] if values[name] in SUPPORTED_ATTENTION else attention
+        values["_modules"] = {name: copies.get(id(part)) for name, part in module._modules.items()}
+        values["_compiled_call_impl"] = None  # compiled for the model itself
+        vars(copies[id(module)]).update(values)
+    return copies[id(model)]

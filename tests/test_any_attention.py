@@ -152,7 +152,7 @@ def test_attention_that_is_changed_in_the_middle_of_a_stream(model):
 
 
 def test_what_is_shared_in_the_model_is_shared_in_its_view(model):
-    """A config, a module that stands in two places, and every weight; each module has one copy, however often it is asked for."""
+    """A config, a module that stands in two places, and every weight. A view stays as it is when another one is made."""
     other = with_other_attention(model)
     other.model.layers[1].mlp = other.model.layers[0].mlp
     view, again = SinkCache.model_for(other), SinkCache.model_for(other)
@@ -161,9 +161,11 @@ def test_what_is_shared_in_the_model_is_shared_in_its_view(model):
     assert configs == {id(view.config)} and view.config is not other.config
     assert view.config._attn_implementation == "sdpa" and other.config._attn_implementation == NAME
     assert all(mine is theirs for mine, theirs in zip(view.parameters(), other.parameters(), strict=True))
-    assert again.model is view.model
+    assert all(mine is theirs for mine, theirs in zip(again.parameters(), view.parameters(), strict=True))
+    assert not {id(module) for module in again.modules()} & {id(module) for module in view.modules()}
     other.train()
     assert all(module.training for module in SinkCache.model_for(other).modules())
+    assert not any(module.training for module in view.modules())
 
 
 def test_nothing_keeps_a_model_that_is_gone(model):
