@@ -299,7 +299,6 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self.settle(is_reset=True)
         self.unseen_token_ids: list[int] | None = None
         self.num_padding_columns = 0
-        self.layers_reached: set[int] = set()
         if self.stream is not None:
             self.stream.clear()
             if not self.is_static:

@@ -252,9 +252,9 @@ class Probe:
         cache = NotingCache(config=self.config)
         with self._looking("this release takes no masks for its recurrent and other layers: try a newer one", FEEDING):
             self._ask(cache, slice(0, 1), dict.fromkeys((*FULL_MASKS, *SLIDING_MASKS, *PADDING_MASKS)))
-        first, cache.layers_reached = cache.layers_reached, frozenset()
+        first, cache.layers_reached = cache.layers_reached, set()
         self._ask(cache, slice(1, 3))
-        noted = first & cache.layers_reached
+        noted = frozenset(first & cache.layers_reached)
         whole = self._split_into(NUM_SPLIT)
         if self._differ(self._split_into(NUM_SPLIT // 2, NUM_SPLIT // 2), whole):
             reason = "its recurrent layers forget their state in a pass of several tokens"

@@ -47,22 +47,24 @@ SLIDING_ATTENTION = layer_class("DynamicSlidingWindowLayer"), layer_class("Linea
 class NotesRecurrentLayers:
     """A cache that records in `layers_reached` the index of each recurrent layer whose state was read or written in this pass."""
 
-    layers_reached: set[int] | frozenset[int]
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.layers_reached: set[int] = set()
 
     def get_conv_state(self, layer_idx, *args, **kwargs):
-        self.layers_reached |= {layer_idx}
+        self.layers_reached.add(layer_idx)
         return super().get_conv_state(layer_idx, *args, **kwargs)
 
     def update_conv_state(self, conv_states, layer_idx, *args, **kwargs):
-        self.layers_reached |= {layer_idx}
+        self.layers_reached.add(layer_idx)
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def get_recurrent_state(self, layer_idx, *args, **kwargs):
-        self.layers_reached |= {layer_idx}
+        self.layers_reached.add(layer_idx)
         return super().get_recurrent_state(layer_idx, *args, **kwargs)
 
     def update_recurrent_state(self, recurrent_states, layer_idx, *args, **kwargs):
-        self.layers_reached |= {layer_idx}
+        self.layers_reached.add(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     def has_previous_state(self, layer_idx=None, *args, **kwargs):
@@ -72,8 +74,6 @@ class NotesRecurrentLayers:
 
 class NotingCache(NotesRecurrentLayers, DynamicCache):
     """One of transformers' own caches that records which recurrent layers a pass has reached."""
-
-    layers_reached = frozenset()
 
 
 def named_states(layer) -> dict[str, torch.Tensor]:

@@ -70,10 +70,11 @@ def _copied(model: torch.nn.Module, attention: str) -> torch.nn.Module:
     def in_copy(value):
         """Methods that hooks keep, and have put in the place of others, are those of the copy."""
         if isinstance(value, PretrainedConfig):
-            copied = vars(copies.setdefault(id(value), shallow_copy(value)))
-            copied |= {name: in_copy(part) for name, part in vars(value).items()}
-            if value._attn_implementation not in (None, *SUPPORTED_ATTENTION):
-                copied["_attn_implementation_internal"] = attention
+            if id(value) not in copies:
+                copied = copies[id(value)] = shallow_copy(value)
+                vars(copied).update({name: in_copy(part) for name, part in vars(value).items()})
+                if value._attn_implementation not in (None, *SUPPORTED_ATTENTION):
+                    vars(copied)["_attn_implementation_internal"] = attention
             return copies[id(value)]
         value = getattr(value, "_torchdynamo_orig_callable", value)
         if isinstance(value, types.MethodType) and id(value.__self__) in copies:
