@@ -51,6 +51,7 @@ from .static import StaticStream
 from .stream import Stream, next_base
 from .views import check_attention, model_for, view_of, viewed
 from .window import Window  # noqa: F401
+from .workspace import Workspace  # noqa: F401
 
 DEFAULT_WINDOW_LENGTH = 256
 DEFAULT_NUM_SINK_TOKENS = 4

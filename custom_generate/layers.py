@@ -81,7 +81,7 @@ class Ring:
         copies = copies.expand(-1, -1, plan.num_columns, -1, -1)
         if plan.num_parts > 1:
             return plan.in_parts(copies, torch.cat([take_slots(held, plan.recent_slots), new], dim=2))
-        return torch.cat([copies.flatten(2, 3), held[:, :, plan.recent_before], new], dim=2)
+        return plan.workspace.cat([copies.flatten(2, 3), held[:, :, plan.recent_before], new], dim=2)
 
     @torch.inference_mode(False)  # the slots can be changed later in any mode
     def grow(self, num_slots: int) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from .window import Window
+from .workspace import Workspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,7 @@ class Plan:
         written: row, slot and token of all that a recorded pass writes, known before it: a captured graph can't compute them.
         shifts: how far the sinks are moved: a number for each row (a list), or for each query, `[rows, columns]`.
         order: slots in the order of their tokens, `[rows, num_held]`, for an ordered pass. Else None.
+        workspace: memory for copies that are handed out.
     """
 
     is_in_tensors = False  # its numbers stand in Python; those of `Cursor` (static.py) in tensors, which a graph reads
@@ -87,6 +89,7 @@ class Plan:
             num_recent = self.recent_before.stop - window.num_sinks + num_columns
             num_recent = self._num_recent_in_part if self.num_parts > 1 else num_recent
             self.kv_length = window.num_sinks * current.part_length + num_recent
+            self.workspace = Workspace()
             self.shifts = window.shift(self.tokens - torch.tensor(current.base, device=device)[:, None])
         if self.num_parts > 1:  # the slots of the recent tokens before the pass, oldest first: `[rows, num_recent]`
             self.recent_slots = window.slot(self._num_seen + torch.arange(-window.num_recent, 0, device=device))
@@ -159,7 +162,7 @@ class Plan:
         """
         sinks = sinks.unflatten(2, (self.num_parts, -1)).flatten(3, 4)
         recent = recent[:, :, 1:].unfold(2, self._num_recent_in_part, self.current.part_length).transpose(3, 4)
-        return torch.cat([sinks.transpose(1, 2), recent.transpose(1, 2)], dim=3).flatten(0, 1)
+        return self.workspace.cat([sinks.transpose(1, 2), recent.transpose(1, 2)], dim=3).flatten(0, 1)
 
     # What each query sees
 

@@ -8,6 +8,7 @@ from .plan import Pass, Plan
 from .rotation import Rotation
 from .sinks import Sinks
 from .window import Window
+from .workspace import Workspace
 
 KINDS = ("keys", "values")
 
@@ -117,9 +118,9 @@ class Stream:
             self.num_recorded += min(done.num_new)
             if not (self.is_recording and all(layer.plan.can_be_undone for layer in self.layers.values())):
                 self.forget_recorded()
-        for plan in self.plans:  # keep the numbers, which indexers ask for after it, and let go of the tensors
+        for plan in self.plans:  # keep the numbers, which indexers ask for after it, and let go of the memory
             for name, value in () if plan.is_in_tensors else [*vars(plan).items()]:
-                if isinstance(value, torch.Tensor | tuple):
+                if isinstance(value, torch.Tensor | tuple | Workspace):
                     del vars(plan)[name]
 
     def give_up(self) -> None:

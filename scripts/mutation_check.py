@@ -66,6 +66,7 @@ TESTS_OF = {
     "feed": [["tests/test_generate.py"], ["tests/test_beams.py", "tests/test_assisted.py"], ["tests/test_modes.py"]],
     "drafting": [["tests/test_assisted.py"]],
     "guidance": [["tests/test_modes.py"]],
+    "workspace": [["tests/test_workspace.py"]],
 }
 
 # Changes that no test can notice: name -> why.
