@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from .layers import Ring
 from .quantized import Quantization
-from .releases import has_previous_state, restore_recurrent
+from .releases import has_previous_state, restore_recurrent, unwrapped
 from .stream import KINDS, Stream
 
 SAVED_FORMAT = 2
@@ -59,7 +59,7 @@ def save_cache(cache, path: str | os.PathLike) -> None:
 
 def load_cache(cls, path: str | os.PathLike, model: torch.nn.Module, expected: dict):
     saved = SavedFile(path)
-    arguments, here, there = saved.number("arguments", dict), settings_of(model), saved.number("model", dict)
+    arguments, here, there = saved.number("arguments", dict), settings_of(unwrapped(model)), saved.number("model", dict)
     for name, value in expected.items():
         value = vars(Quantization.of(value)) if name == "quantized" and value is not None else value
         if value is not None and value != arguments.get(name):

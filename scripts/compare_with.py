@@ -22,6 +22,7 @@ document.
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -132,11 +133,14 @@ def side_by_side(codes: dict[str, ModuleType], model, args, measure: str, window
     return row | {name: rounded(value) for name, value in ratios.items()}
 
 
-def print_times(rows: list[dict]) -> None:
-    print("| measurement | window_length | working tree, ms a token | other | ratio (quartiles) |\n|---|---|---|---|---|")
-    for row in rows:
-        ratio = f"{row['ratio']:.3f} ({row['ratio_low']:.3f}-{row['ratio_high']:.3f})"
-        print(f"| {row['measure']} | {row['window_length']} | {row['ours_ms']:.4g} | {row['other_ms']:.4g} | {ratio} |")
+def print_heading() -> None:
+    print("| measurement | window_length | working tree, ms a token | other | ratio (quartiles) |")
+    print("|---|---|---|---|---|", flush=True)
+
+
+def print_row(row: dict) -> None:
+    ratio = f"{row['ratio']:.3f} ({row['ratio_low']:.3f}-{row['ratio_high']:.3f})"
+    print(f"| {row['measure']} | {row['window_length']} | {row['ours_ms']:.4g} | {row['other_ms']:.4g} | {ratio} |", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,13 +261,13 @@ def main() -> None:
         result = describe_run(args) | {"revision": args.revision}
         measures = args.measure or (() if args.logits or args.calls else MEASURES)
         if measures:
-            model = build_model(args)
-            with torch.no_grad():
-                rows = [
-                    side_by_side(codes, model, args, measure, length) for measure in measures for length in args.window_length
-                ]
-            print_times(rows)
-            result["times"] = rows
+            model, result["times"] = build_model(args), []
+            print_heading()
+            for measure, window_length in itertools.product(measures, args.window_length):
+                with torch.no_grad():
+                    row = side_by_side(codes, model, args, measure, window_length)
+                print_row(row)
+                result["times"].append(row)
         if args.logits:
             families = tqdm(FAMILIES, desc="logits", file=sys.stderr)
             result["logits"] = {family: rounded(difference_of_logits(codes, family)) for family in families}

@@ -338,10 +338,14 @@ def test_a_release_that_is_too_old(monkeypatch):
         importlib.import_module("custom_generate.generate")
 
 
-def test_what_is_no_model_and_no_cache(untouched):
+def test_what_is_no_model_and_no_cache(untouched, tmp_path):
     message = r"Pass a loaded model, as from_pretrained returns it, not 'gpt2' \(str\)"
     with pytest.raises(ValueError, match=message):
         SinkCache.from_model("gpt2")
+    path = tmp_path / "cache.safetensors"
+    SinkCache.from_model(untouched, **WINDOW).save(path)
+    with pytest.raises(ValueError, match=message):
+        SinkCache.load(path, "gpt2")
     with pytest.raises(ValueError, match=message):
         generate(random_ids(5), model=untouched, assistant_model="gpt2", **WINDOW)
     with pytest.raises(ValueError, match=r"The cache that is passed must be a Cache, got \(1, 2\) \(tuple\)"):

@@ -93,11 +93,16 @@ def test_code_from_the_hub_that_names_its_cache_as_another_release_does(model, n
     assert generate(random_ids(20), model=model, **options).equal(generate(random_ids(20), model=plain, **options))
 
 
-def test_data_parallel(model):
+def test_data_parallel(model, tmp_path):
     wrapped = torch.nn.DataParallel(model)
     assert_exact(wrapped, model)
     options = {"max_new_tokens": 20, "do_sample": False, **WINDOW}
     assert generate(random_ids(), model=wrapped, **options).equal(generate(random_ids(), model=model, **options))
+    cache, ids = SinkCache.from_model(wrapped, **WINDOW), random_ids()
+    before = feed(wrapped, cache, ids[:, :40], [40])
+    cache.save(tmp_path / "cache.safetensors")
+    after = feed(wrapped, SinkCache.load(tmp_path / "cache.safetensors", wrapped), ids[:, 40:], [1] * (ids.shape[1] - 40))
+    assert_same(torch.cat([before, after], dim=1), oracle_logits(model, ids, **WINDOW))
 
 
 def test_weights_in_8_bits(model):
