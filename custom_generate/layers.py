@@ -126,6 +126,7 @@ class SinkLayer(CacheLayerMixin):
     def __init__(self, window: Window, rings: list[Ring], stream, is_sliding: bool):
         self.window, self.rings, self.stream, self.is_sliding = window, rings, stream, is_sliding
         self.plan: Plan | None = None  # of the pass under way
+        self.kv_length = 0  # keys that it is handed, or that the last pass was handed
 
     @property
     def keys(self) -> torch.Tensor:
@@ -169,7 +170,7 @@ class SinkLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # before transformers 5
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.plan.kv_length, 0
+        return self.kv_length, 0
 
 
 def selected(states: torch.Tensor, index: torch.Tensor, dim: int = 0) -> torch.Tensor:

@@ -92,7 +92,7 @@ class ReadableCache(Cache):
         num_columns = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
         stream, layer = self.stream, self._layer_at(layer_idx)
         if stream.current is not None and not stream.has_begun:
-            return layer.plan.kv_length, 0
+            return layer.kv_length, 0
         check_unprepared(self.traits, stream, num_columns)
         return min(self.num_tokens_seen + num_columns, layer.window.length), 0
 
@@ -100,7 +100,7 @@ class ReadableCache(Cache):
         """Where the queries of a pass stand among the keys that they are handed: at their end."""
         stream, layer = self.stream, self._layer_at(layer_idx)
         if stream.current is not None and not stream.has_begun:
-            return layer.plan.kv_length - stream.current.part_length
+            return layer.kv_length - stream.current.part_length
         return min(self.num_tokens_seen, layer.window.length - 1)
 
     def _layer_at(self, layer_idx: int) -> SinkLayer:
@@ -115,7 +115,7 @@ class ReadableCache(Cache):
         It may choose as many keys as the window holds, and so takes all that are visible, whatever they are: none is kept.
         """
         batch_size, _, dim = indexer_key_states.shape
-        return indexer_key_states.new_zeros(1).expand(batch_size, self.stream.layers[layer_idx].plan.kv_length, dim)
+        return indexer_key_states.new_zeros(1).expand(batch_size, self.stream.layers[layer_idx].kv_length, dim)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens held at most: by any layer, or by the given one."""

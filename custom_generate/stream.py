@@ -8,7 +8,6 @@ from .plan import Pass, Plan
 from .rotation import Rotation
 from .sinks import Sinks
 from .window import Window
-from .workspace import Workspace
 
 KINDS = ("keys", "values")
 
@@ -27,7 +26,7 @@ class Stream:
         num_seen: tokens seen before the open pass.
         base: number that is subtracted from token numbers to get positions.
         has_begun: a layer has carried out its part of the open pass.
-        plans: of the open pass, or of the last one, for each place.
+        plans: of the open pass, for each place.
         done: a pass that has ended and is not yet part of `num_seen`. (A compiled pass can say no more than that it has ended.)
         ids: ids of the tokens held, as a ring that does not move; `knows_ids` is False if some tokens came without ids.
         places: the layers, and the groups of sinks that move alike, of each window and device. The place of `ids` comes first.
@@ -93,7 +92,7 @@ class Stream:
             plan = self.plan_of(window, current, device)
             self.plans.append(plan)
             for layer in layers:
-                layer.plan = plan
+                layer.plan, layer.kv_length = plan, plan.kv_length
             for sinks in groups:
                 sinks.begin(plan)
 
@@ -118,10 +117,9 @@ class Stream:
             self.num_recorded += min(done.num_new)
             if not (self.is_recording and all(layer.plan.can_be_undone for layer in self.layers.values())):
                 self.forget_recorded()
-        for plan in self.plans:  # keep the numbers, which indexers ask for after it, and let go of the memory
-            for name, value in () if plan.is_in_tensors else [*vars(plan).items()]:
-                if isinstance(value, torch.Tensor | tuple | Workspace):
-                    del vars(plan)[name]
+        self.plans = []
+        for layer in self.layers.values():  # memory of a long pass
+            layer.plan = None
 
     def give_up(self) -> None:
         """The open pass was interrupted, and can be begun anew: what was recorded of it is put back."""

@@ -21,12 +21,12 @@ class Workspace:
     def cat(self, tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
         """As `torch.cat`."""
         first = tensors[0]
-        if first.device.type != "cpu" or is_torchdynamo_compiling():
-            return torch.cat(tensors, dim)
         shape = list(first.shape)
         shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
-        memory = self._take(math.prod(shape) * first.itemsize)
-        return torch.cat(tensors, dim, out=torch.frombuffer(memory, dtype=first.dtype).view(shape))
+        num_bytes = math.prod(shape) * first.itemsize
+        if num_bytes == 0 or first.device.type != "cpu" or is_torchdynamo_compiling():
+            return torch.cat(tensors, dim)
+        return torch.cat(tensors, dim, out=torch.frombuffer(self._take(num_bytes), dtype=first.dtype).view(shape))
 
     def _take(self, num_bytes: int) -> memoryview:
         block = next((block for block in self.blocks if len(block[0]) == num_bytes and block[1]() is None), None)

@@ -27,6 +27,12 @@ def test_it_is_torch_cat(dtype, dim):
         assert cat.is_contiguous() and torch.equal(cat, torch.cat(tensors, dim))
 
 
+def test_heads_without_dimensions():
+    """Of a latent attention in which nothing is rotated, keys have none."""
+    tensors = [torch.zeros(2, 3, 0), torch.zeros(2, 4, 0)]
+    assert Workspace().cat(tensors, 1).shape == (2, 7, 0)
+
+
 def test_memory_is_taken_again_when_nothing_is_left_there():
     workspace = Workspace()
     first = workspace.cat(pieces(0), 1)
