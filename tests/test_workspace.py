@@ -65,41 +65,40 @@ def test_what_is_kept_is_not_written_again(name):
     assert pointer in [workspace.cat(pieces(seed), 1).data_ptr() for seed in range(2)]
 
 
+def long_pass(num_parts: int, note) -> SinkCache:
+    """Twelve tokens over a full window. `note` is called with the keys and with the values that each layer is handed."""
+    model, stream = build_model("llama"), random_ids(WINDOW_LENGTH + 12, num_rows=2)
+    cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    feed(model, cache, stream[:, :WINDOW_LENGTH], [WINDOW_LENGTH])
+
+    def update(*args, **kwargs):
+        both = SinkCache.update(cache, *args, **kwargs)
+        for each in both:
+            note(each)
+        return both
+
+    cache.update = update
+    feed(model, cache, stream[:, WINDOW_LENGTH:], [(12, num_parts)])
+    return cache
+
+
 @pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_a_model_may_keep_what_it_is_handed(num_parts, mode):
     """As models do in which later layers attend to the keys of former layers."""
+    handed_out = []
     with mode():
-        model, stream, handed_out = build_model("llama"), random_ids(WINDOW_LENGTH + 12, num_rows=2), []
-        cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
-        feed(model, cache, stream[:, :WINDOW_LENGTH], [WINDOW_LENGTH])
-
-        def update(*args, **kwargs):
-            both = SinkCache.update(cache, *args, **kwargs)
-            handed_out.extend((each, each.clone()) for each in both)
-            return both
-
-        cache.update = update
-        feed(model, cache, stream[:, WINDOW_LENGTH:], [(12, num_parts)])
-        assert len(handed_out) == 2 * len(cache.layers) > 2
-        assert all(torch.equal(each, before) for each, before in handed_out)
+        cache = long_pass(num_parts, lambda each: handed_out.append((each, each.clone())))
+    assert len(handed_out) == 2 * len(cache.layers) > 2
+    assert all(torch.equal(each, before) for each, before in handed_out)
 
 
 @pytest.mark.parametrize("num_parts", [1, 3])
 def test_the_layers_of_a_long_pass_use_it_in_turn(num_parts):
+    pointers = []
     with torch.no_grad():
-        model, stream, pointers = build_model("llama"), random_ids(WINDOW_LENGTH + 12), []
-        cache = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS)
-        feed(model, cache, stream[:, :WINDOW_LENGTH], [WINDOW_LENGTH])
-
-        def update(*args, **kwargs):
-            both = SinkCache.update(cache, *args, **kwargs)
-            pointers.append(tuple(each.data_ptr() for each in both))
-            return both
-
-        cache.update = update
-        feed(model, cache, stream[:, WINDOW_LENGTH:], [(12, num_parts)])
-    assert len(set(pointers)) < len(pointers)
+        cache = long_pass(num_parts, lambda each: pointers.append(each.data_ptr()))
+    assert len({*zip(pointers[::2], pointers[1::2])}) < len(cache.layers)
     assert not any(isinstance(each, Workspace) for each in reachable(cache.stream)), "the memory of a pass goes with the pass"
 
 
