@@ -8,11 +8,12 @@ from .releases import MODELS_ASK_FOR_QUERY_OFFSET
 
 
 def check_count(name: str, value, least: int = 1, why: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {value!r} ({type(value).__name__}){why}.")
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r} ({type(value).__name__}){why * is_int}.")
 
 
-def check_numbers(window_length, num_sink_tokens) -> None:
+def check_arguments(window_length, num_sink_tokens, **modes: bool) -> None:
     check_count("window_length", window_length, why=": with less, no token could attend even to itself")
     check_count("num_sink_tokens", num_sink_tokens, least=0)
     if num_sink_tokens >= window_length:
@@ -20,6 +21,9 @@ def check_numbers(window_length, num_sink_tokens) -> None:
             f"num_sink_tokens must be less than window_length={window_length}, got {num_sink_tokens}: the window holds the sinks "
             "and at least the token being processed."
         )
+    asked = [name for name, is_asked in modes.items() if is_asked]
+    if len(asked) > 1:
+        raise ValueError(f"A window can't be {' and '.join(asked)} at once: it is kept in one way. Choose one.")
 
 
 def check_tensors(**values) -> None:
@@ -76,10 +80,9 @@ def count_tokens(attention_mask: torch.Tensor) -> list[int]:
 
 
 def check_parts(num_columns: int, num_new: list[int], num_parts, takes_parts: bool) -> None:
+    check_count("num_parts", num_parts)
     reason = None
-    if not isinstance(num_parts, int) or isinstance(num_parts, bool) or num_parts < 1:
-        reason = "it must be an int of at least 1. Take num_parts_of(num_columns)"
-    elif num_columns % num_parts:
+    if num_columns % num_parts:
         reason = f"{num_columns} tokens can't be divided into so many parts of one length. Take num_parts_of({num_columns})"
     elif min(num_new) < num_columns:
         reason = "a row has padding. Leave it out"

@@ -28,7 +28,7 @@ import torch
 from transformers import GenerationConfig
 
 # transformers up to 5.5 copies only the modules that THIS file imports: name all of them here.
-from .doors import check_crop, check_keys, check_numbers, check_parts, check_pass, check_tokens, check_unprepared, in_use
+from .doors import check_arguments, check_crop, check_keys, check_parts, check_pass, check_tokens, check_unprepared, in_use
 from .drafting import DraftFeed, check_drafting, drafting_model
 from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
@@ -37,7 +37,7 @@ from .layers import SinkLayer  # noqa: F401
 from .models import check_mode, check_model, check_same
 from .offloaded import OffloadedStream
 from .options import Call
-from .plan import Pass
+from .plan import Pass  # noqa: F401
 from .probe import model_traits
 from .prompt import unseen_part, whole_prompt, with_pictures
 from .quantized import Quantization, QuantizedStream
@@ -48,7 +48,7 @@ from .rotation import Rotation  # noqa: F401
 from .saving import load_cache, save_cache
 from .sinks import Sinks  # noqa: F401
 from .static import StaticStream
-from .stream import Stream, next_base
+from .stream import Stream
 from .views import check_attention, model_for, view_of, viewed
 from .window import Window  # noqa: F401
 from .workspace import Workspace  # noqa: F401
@@ -97,20 +97,17 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         quantized: dict | None = None,
         offloaded: bool = False,
     ):
-        check_numbers(window_length, num_sink_tokens)
         modes = {"static": static, "quantized": quantized is not None, "offloaded": offloaded}
-        modes = [name for name, is_asked in modes.items() if is_asked]
-        if len(modes) > 1:
-            raise ValueError(f"A window can't be {' and '.join(modes)} at once: it is kept in one way. Choose one.")
+        check_arguments(window_length, num_sink_tokens, **modes)
         self.quantization = None if quantized is None else Quantization.of(quantized)
         if quantized is not None:
             self.quantization.check_window(window_length, num_sink_tokens)
+            quantized = vars(self.quantization)
         super().__init__(layers=[])
         self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
         self.is_static, self.is_offloaded = static, offloaded
-        quantized = quantized if quantized is None else vars(self.quantization)
-        self.arguments = {"window_length": window_length, "num_sink_tokens": num_sink_tokens, "static": static}
-        self.arguments |= {"quantized": quantized, "offloaded": offloaded}
+        sizes = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
+        self.arguments = sizes | modes | {"quantized": quantized}
         self.reset()
 
     @classmethod
@@ -135,8 +132,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         called = unwrapped(model)
         config, model = called.config.get_text_config(decoder=True), viewed(called)
         check_attention(config)
-        check_mode(model)
         if self.traits is not None:
+            check_mode(model)
             check_same(model, self.model(), *self._bound_as)
             self.inputs.config = config
             return
@@ -175,18 +172,17 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         Raises:
             ValueError: what is passed does not fit to the cache or can't be processed exactly. The cache is as before.
         """
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        tokens, name, num_dims = (input_ids, "input_ids", 2) if inputs_embeds is None else (inputs_embeds, "inputs_embeds", 3)
         if self.stream is None:
             self.require_model()
-        num_new = check_tokens(tokens, 2 if inputs_embeds is None else 3, attention_mask, self)
-        if num_parts != 1:
+        num_new = check_tokens(tokens, num_dims, attention_mask, self)
+        if num_parts is True or num_parts != 1:
             check_parts(tokens.shape[1], num_new, num_parts, self.takes_parts)
         if self.is_static:  # a graph is made for one memory layout, and the ids are read once more when the next pass begins
             tokens = tokens.clone(memory_format=torch.contiguous_format)
-            input_ids = input_ids if inputs_embeds is not None else tokens
+            input_ids = tokens if inputs_embeds is None else input_ids
         self._begin(*tokens.shape[:2], num_new, num_parts=num_parts, input_ids=input_ids)
-        inputs = self.inputs.of_pass(tokens, "input_ids" if inputs_embeds is None else "inputs_embeds")
-        return inputs | {self.inputs.cache_name: self}
+        return self.inputs.of_pass(tokens, name) | {self.inputs.cache_name: self}
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> tuple:
         """Called by attention layers: `[batch, heads, num_columns, head_dim]` -> `[batch, heads, kv_length, head_dim]`."""
@@ -221,18 +217,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         stream, traits, model = self.stream, self.traits, self.model()
         if model is not None and model.training:
             check_mode(model)
-        num_seen, base = stream.num_seen, stream.base
-        if len(num_new) > 1 or len(num_seen) > 1:
-            num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
-        num_after = [seen + new for seen, new in zip(num_seen, num_new)]
-        if is_prepared:
-            base = next_base(num_seen, num_after, base, traits, self.window_length)
-        counts = num_seen, num_new, num_after, base
-        if len(num_new) > 1 and len(set(zip(*counts))) == 1:  # all rows alike: one number serves them all
-            counts = [numbers[:1] for numbers in counts]
-        is_first_to_evict = num_columns == 1 and max(num_seen) == stream.num_intact  # given up, it has to leave all there
-        flags = traits.is_ordered, is_prepared, stream.is_recording or is_first_to_evict
-        current = Pass(*counts, batch_size, num_columns, num_parts, *flags)
+        current = stream.next_pass(traits, num_new, batch_size, num_columns, num_parts, is_prepared)
         check_pass(current, traits, stream.shortest_length)
         if stream.current is not None:
             stream.give_up()
@@ -266,16 +251,6 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             )
         if gives_up and stream.current is not None:
             stream.give_up()
-
-    @property
-    def is_interrupted(self) -> bool:
-        """Whether the last pass has not been through all layers, and can't be repeated: no pass with recurrent states can."""
-        stream, current = self.stream, self.stream.current
-        if self.traits.is_recurrent:
-            return current is not None or any(stream.num_seen) and not self.traits.noted_layers <= self.layers_reached
-        if current is None or not stream.has_begun or current.num_columns == 1:  # a token may overwrite the oldest one twice
-            return False
-        return self.quantization is not None or not all(plan.hands_out_slots for plan in stream.plans)
 
     @contextlib.contextmanager
     def in_one_call(self):

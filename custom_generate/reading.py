@@ -71,6 +71,16 @@ class ReadableCache(Cache):
     def _by_row(self, numbers: list[int]) -> list[int]:
         return list(numbers) if len(numbers) > 1 else numbers * max(self.batch_size, 1)
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the last pass has not been through all layers, and can't be repeated: no pass with recurrent states can."""
+        stream, current = self.stream, self.stream.current
+        if self.traits.is_recurrent:
+            return current is not None or any(stream.num_seen) and not self.traits.noted_layers <= self.layers_reached
+        if current is None or not stream.has_begun or current.num_columns == 1:  # a token may overwrite the oldest one twice
+            return False
+        return self.quantization is not None or not all(plan.hands_out_slots for plan in stream.plans)
+
     def get_seq_length(self, layer_idx: int | None = None, *args, **kwargs) -> int:
         """Tokens seen, as for every cache of transformers: what `generate` continues from.
 

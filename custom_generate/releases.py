@@ -10,10 +10,15 @@ import torch
 import transformers
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel, cache_utils
 
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57):
+
+def release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+if release(transformers.__version__) < (4, 57) or release(torch.__version__) < (2, 2):
     raise ImportError(
-        "sink_cache needs transformers 4.57 or newer: pip install -U transformers. With 4.52 to 4.56, pass "
-        'revision="v1" to `generate`, which loads the last version that they can use.'
+        "sink_cache needs transformers 4.57 and torch 2.2, or newer: pip install -U transformers torch. With transformers 4.52 "
+        'to 4.56, pass revision="v1" to `generate`, which loads the last version that they can use.'
     )
 
 # Models ask the cache where the queries of a pass stand among its keys (since 5.16). Before, they take the number of tokens seen,
@@ -127,7 +132,7 @@ def is_left_to_model(name: str, value, own, use_model_defaults: bool | None) -> 
     if defaults["num_beams"] is None or name not in defaults:
         return value is None
     if use_model_defaults is None:
-        use_model_defaults = tuple(int(part) for part in own.transformers_version.split(".")[:2]) >= (4, 50)
+        use_model_defaults = release(own.transformers_version) >= (4, 50)
     return value == defaults[name] and (use_model_defaults or name.endswith("_token_id"))
 
 

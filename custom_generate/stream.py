@@ -80,6 +80,27 @@ class Stream:
 
     # The pass
 
+    def next_pass(self, traits, num_new: list[int], batch_size: int, num_columns: int, num_parts: int, is_prepared: bool) -> Pass:
+        """What the next forward call brings. Nothing is changed.
+
+        The base of a row is rarely raised, and then so that positions go on from `window_length`: they stay small, so that
+        float32 angles are exact, and the frequencies of all RoPE types are those of short texts. A key is rotated back, and so
+        rounded, at most once in `window_length` tokens.
+        """
+        num_seen, base, limit = self.num_seen, self.base, traits.max_positions
+        if len(num_new) > 1 or len(num_seen) > 1:
+            num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
+        num_after, bases = [seen + new for seen, new in zip(num_seen, num_new)], []
+        for seen, after, start in zip(num_seen, num_after, base):
+            is_due = seen - start >= traits.rebase_at or (limit is not None and after - start > limit)
+            lowest = min(seen, self.ids.window.length)  # else sinks would stand before position 0; met only after a roll-back
+            bases.append(seen - lowest if is_due or seen - start < lowest else start)
+        counts = num_seen, num_new, num_after, bases if is_prepared and bases != base else base
+        if len(num_new) > 1 and len(set(zip(*counts))) == 1:  # all rows alike: one number serves them all
+            counts = [numbers[:1] for numbers in counts]
+        is_recorded = self.is_recording or num_columns == 1 and max(num_seen) == self.num_intact  # if given up, nothing is lost
+        return Pass(*counts, batch_size, num_columns, num_parts, traits.is_ordered, is_prepared, is_recorded)
+
     def begin(self, current: Pass, input_ids: torch.Tensor | None) -> None:
         """Open a pass, for which all checks have been made."""
         if self.batch_size == -1:
@@ -180,17 +201,3 @@ class Stream:
         self.has_begun, self.is_recording, self.knows_ids = False, False, True
         self.allocate(0)
         self.batch_size = -1
-
-
-def next_base(num_seen: list[int], num_after: list[int], base: list[int], traits, window_length: int) -> list[int]:
-    """The base of each row for a pass: rarely raised, and then so that positions go on from `window_length`.
-
-    Positions stay small, so that float32 angles are exact, and the frequencies of all RoPE types are those of short texts. A key
-    is rotated back, and so rounded, at most once in `window_length` tokens.
-    """
-    bases, limit = [], traits.max_positions
-    for seen, after, start in zip(num_seen, num_after, base):
-        is_due = seen - start >= traits.rebase_at or (limit is not None and after - start > limit)
-        lowest = min(seen, window_length)  # else sinks would stand before position 0; met only after a roll-back
-        bases.append(seen - lowest if is_due or seen - start < lowest else start)
-    return base if bases == base else bases

@@ -329,12 +329,13 @@ def test_a_pass_that_is_longer_than_the_positions_of_the_model(num_tokens):
     assert not cache.is_initialized
 
 
-def test_a_release_that_is_too_old(monkeypatch):
+@pytest.mark.parametrize("package, version", [("transformers", "4.56.2"), ("torch", "2.1.2+cpu")])
+def test_a_release_that_is_too_old(package, version, monkeypatch):
     """Refused by its number, as soon as the code is loaded, and not by the first thing that it lacks."""
     for name in [name for name in sys.modules if name.startswith("custom_generate.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.56.2")
-    with pytest.raises(ImportError, match="4.57 or newer.*pip install"):
+    monkeypatch.setattr(sys.modules[package], "__version__", version)
+    with pytest.raises(ImportError, match="transformers 4.57 and torch 2.2, or newer: pip install"):
         importlib.import_module("custom_generate.generate")
 
 

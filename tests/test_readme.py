@@ -345,7 +345,8 @@ def test_defaults_are_those_of_the_code():
 
 
 def test_the_range_of_releases_begins_where_the_requirements_do():
-    requirements = dict(line.split(">=") for line in (ROOT / "custom_generate" / "requirements.txt").read_text().split())
+    files = [ROOT / folder / "requirements.txt" for folder in ("custom_generate", "scripts")]
+    requirements = dict(line.split(">=") for file in files for line in file.read_text().splitlines() if ">=" in line)
     for page in (README, ROOT / "docs" / "models.md"):
         assert f"transformers {requirements['transformers']} to " in TEXTS[page]
         assert f"torch {requirements['torch']} or newer" in TEXTS[page]
