@@ -128,7 +128,7 @@ FAMILIES = {
             **LATENT_ATTENTION,
             "num_hidden_layers": 4,
             "n_group": 1,
-            "indexer_types": ["full", "shared"] * 2,
+            "indexer_types": ["full", "shared", "shared", "full"],  # a full one chooses after its keys are stored: the last layer too
             "index_topk": 16,  # just as many as the window of most tests holds
             "index_head_dim": 16,
             "index_n_heads": 2,
