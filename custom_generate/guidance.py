@@ -1,7 +1,5 @@
 """Classifier-free guidance (https://arxiv.org/abs/2306.17806), with a `SinkCache` for its second text."""
 
-import functools
-
 import torch
 from transformers import LogitsProcessor
 
@@ -74,7 +72,6 @@ def with_processors(view: torch.nn.Module, prompt: Prompt, num_copies: int, guid
     """A view whose logits processors begin with the guidance, and know what is padding: `repetition_penalty` leaves it out."""
     get_processors = view._get_logits_processor
 
-    @functools.wraps(get_processors)
     def get_logits_processor(*args, **kwargs):
         if prompt.mask is not None and kwargs["input_ids_seq_length"] == prompt.num_columns:
             mask = prompt.mask[:, -prompt.num_columns :].repeat_interleave(num_copies, 0)
