@@ -30,6 +30,7 @@ class Feed:
         chunk_size: tokens of the prompt in one pass; None for what is fastest.
         is_synced: other processes have passes when this one has, for as long as one of them needs any (`synced_gpus`).
         num_last: tokens of the prompt that `generate` begins with. None: as many as go through in one pass.
+        shortest_pass: its columns: 2 if the model computes single tokens in another way than several, and nobody asks for them.
         num_padding_columns: columns of input_ids that the cache never counted: a constant, once the prompt has been fed.
         is_idle: this text has ended, and texts of other processes have not.
         stopped: which rows the stopping criteria have ended last, `[rows]`, and the number of columns then.
@@ -44,6 +45,7 @@ class Feed:
         self.model, self.cache, self.prompt, self.chunk_size, self.is_synced = model, cache, prompt, chunk_size, is_synced
         self.num_padding_columns, self.is_idle, self.sequences = None, False, None
         self.stopped, self.ends = None, {}
+        self.shortest_pass = 1 if cache.traits.splits_exactly or chunk_size == 1 else 2
         self.before = cache.num_tokens_seen_by_row, cache.unseen_token_ids
 
     def __enter__(self) -> "Feed":
@@ -134,30 +136,25 @@ class Feed:
         cache, device = self.cache, input_device(self.model)
         rest = self.prompt.changed(lambda each: each.to(device))
         others = {name: value for name, value in others.items() if not name.startswith("output_")}
-        uncompiled, shortest = uncompiled_copy(self.model), self._shortest_pass
+        uncompiled = uncompiled_copy(self.model)
         while True:
             is_unpadded = rest.mask is None or bool(rest.mask[:, 0].all())  # padding is on the left
             takes_parts = cache.takes_parts and is_unpadded and not rest.pictures
             part_length = cache.window.part_length if takes_parts else rest.num_columns
             size = self._longest_pass(rest, takes_parts)
-            longest_last = max(min(size, part_length), 2 * shortest - 1)
+            longest_last = max(min(size, part_length), 2 * self.shortest_pass - 1)
             is_last = not rest.pictures and rest.num_columns <= (self.num_last or longest_last)
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.is_synced, device=rest.tokens.device):
                 return rest
             if is_last:  # a pass that only keeps step: where weights are sharded, no process can run the model alone
                 uncompiled(**others | {rest.name: rest.tokens[:, -1:], "use_cache": False})
                 continue
-            size = min(size, rest.num_columns - (self.num_last or shortest))
+            size = min(size, rest.num_columns - (self.num_last or self.shortest_pass))
             chunk, rest = rest.split(size - size % part_length if size > part_length else size)
             inputs = cache.prepare(**chunk.arguments, num_parts=cache.num_parts_of(chunk.num_columns) if takes_parts else 1)
             if inputs["attention_mask"] is not None and not chunk.pictures.keys().isdisjoint(TOKEN_TYPES):
                 raise refusal(max(chunk.pictures), SEE_EACH_OTHER)
             uncompiled(**others | chunk.pictures | inputs)
-
-    @property
-    def _shortest_pass(self) -> int:
-        """Two columns, if the model computes a single token in another way than several (and nobody asks for single tokens)."""
-        return 1 if self.cache.traits.splits_exactly or self.chunk_size == 1 else 2
 
     def _longest_pass(self, rest: Prompt, takes_parts: bool) -> int:
         """How many columns of the rest of the prompt may come in one pass, and are fastest so."""
@@ -169,7 +166,7 @@ class Feed:
             size = filling if traits.splits_exactly else cache.window_length  # at once, as transformers does
         else:
             size = max(min(full, MAX_SINK_COPIES // max(cache.num_sink_tokens, 1)), undivided) if takes_parts else undivided
-        size = max(min(self.chunk_size or size, cache.num_columns_at_once), self._shortest_pass)
+        size = max(min(self.chunk_size or size, cache.num_columns_at_once), self.shortest_pass)
         if traits.is_recurrent and rest.mask is not None:  # a row that goes on has to be all padding, or to have none
             rows = zip(cache.num_tokens_seen_by_row, count_tokens(rest.mask))
             padding = [rest.num_columns - num_new for num_seen, num_new in rows if num_seen > 0]
