@@ -1,5 +1,6 @@
 """How a text comes to a cache: its prompt in chunks, and then what the model's own `generate` has chosen."""
 
+import contextlib
 import copy
 import functools
 
@@ -21,7 +22,7 @@ PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids
 GROWING_INPUTS = ("attention_mask", "position_ids")
 
 
-class Feed:
+class Feed(contextlib.AbstractContextManager):
     """Gives the model's own `generate` a view of the model whose forward passes take their inputs from here. As a context manager
     it leaves a consistent cache behind, whatever happens.
 
@@ -47,9 +48,6 @@ class Feed:
         self.stopped, self.ends = None, {}
         self.shortest_pass = 1 if cache.traits.splits_exactly or chunk_size == 1 else 2
         self.before = cache.num_tokens_seen_by_row, cache.unseen_token_ids
-
-    def __enter__(self) -> "Feed":
-        return self
 
     def __exit__(self, *error) -> None:
         cache, sequences = self.cache, self.sequences
