@@ -117,7 +117,7 @@ class Feed(contextlib.AbstractContextManager):
     def first_pass(self, input_ids: torch.Tensor, others: dict) -> dict:
         """Feeds the prompt. Returns the inputs of its last pass, the first one of which `generate` knows."""
         chunk = self.last_chunk(self.all_but_last_chunk(others), input_ids)
-        num_copies = (len(input_ids) or 1) // len(chunk.tokens)
+        num_copies = len(input_ids) // len(chunk.tokens)
         if num_copies > 1:
             chunk = chunk.repeat(num_copies)
             self.cache.batch_repeat_interleave(num_copies)
