@@ -167,6 +167,8 @@ class Probe:
             mask = self._masks(causal) if takes_one_mask else None
             frequencies = {name: buffer.clone() for name, buffer in frequency_buffers(model).items()}
             self.logits = self._ask(self.cache, slice(0, NUM_COMPARED), mask)
+        # The standard deviation of the logits of each text at neighbouring large positions.
+        self.noise = rms(self.logits[:, -NUM_NEIGHBOURS:].std(1))
         if (changed := put_back_frequencies(model, frequencies)) is not None:
             raise self._refusal(f"it changes its frequencies ({changed}) at long texts. Try float32, or a shorter window", SHIFT)
 
@@ -238,7 +240,7 @@ class Probe:
     def check_that_logits_depend_on_distances_only(self) -> None:
         """The same text at large positions has the logits that it has at small ones, but for the model's own noise."""
         near, far = self.logits[:, :NUM_NEIGHBOURS].mean(1), self.logits[:, -NUM_NEIGHBOURS:].mean(1)
-        difference, noise, scale = rms(far - near), self._noise(), self.logits.std()
+        difference, noise, scale = rms(far - near), self.noise, self.logits.std()
         if median(difference) <= NEGLIGIBLE[self.dtype] * scale:
             return
         if median(difference / noise) * (NUM_NEIGHBOURS / 2) ** 0.5 > MAX_STANDARD_ERRORS:
@@ -276,7 +278,7 @@ class Probe:
         for cache, visible in ((mixed, [*seen, *[False] * num_hidden, True]), (self.cache, [*seen, True])):
             with self._looking(reason, FEEDING):
                 logits.append(self._ask(cache, last, self._masks(torch.tensor(visible)[None, None, None])))
-        if self._differ(*logits, NEGLIGIBLE if self._noise().any() else SAME):  # no noise shows if nothing has a position
+        if self._differ(*logits, NEGLIGIBLE if self.noise.any() else SAME):  # no noise shows if nothing has a position
             raise self._refusal(reason, FEEDING)
 
     def _masks(self, visible: torch.Tensor) -> dict | torch.Tensor:
@@ -320,13 +322,9 @@ class Probe:
     def _by_position(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(0, (len(self.texts), len(self.positions)))
 
-    def _noise(self) -> torch.Tensor:
-        """The standard deviation of the logits of each text at neighbouring large positions."""
-        return rms(self.logits[:, -NUM_NEIGHBOURS:].std(1))
-
     def _differ(self, logits: torch.Tensor, reference: torch.Tensor, tolerance=SAME) -> bool:
         """Whether logits `[texts, positions, vocab]`, computed in two ways, differ by more than rounding."""
-        tolerance = max(tolerance[self.dtype] * reference.std(), 5 * median(self._noise()))
+        tolerance = max(tolerance[self.dtype] * reference.std(), 5 * median(self.noise))
         return rms((logits - reference).mean(1)).median() > tolerance  # the lower median: rounding chooses experts
 
     def _rotation(self, index: int, states: torch.Tensor, tables: list[torch.Tensor]) -> Rotation:
