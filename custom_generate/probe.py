@@ -167,6 +167,7 @@ class Probe:
             mask = self._masks(causal) if takes_one_mask else None
             frequencies = {name: buffer.clone() for name, buffer in frequency_buffers(model).items()}
             self.logits = self._ask(self.cache, slice(0, NUM_COMPARED), mask)
+        self.with_keys = [layer for layer, window in zip(self.cache.layers, self.native_windows) if window != NO_KEYS]
         # The standard deviation of the logits of each text at neighbouring large positions.
         self.noise = rms(self.logits[:, -NUM_NEIGHBOURS:].std(1))
         if (changed := put_back_frequencies(model, frequencies)) is not None:
@@ -208,17 +209,16 @@ class Probe:
 
     def layers(self) -> tuple[LayerTraits | None, ...]:
         """What there is to know of each layer: how its keys move, and its shapes."""
-        cached = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in self.cache.layers]
-        holds_keys = [window != NO_KEYS for window in self.native_windows]
-        are_missing = [holds and keys is None for holds, (keys, _) in zip(holds_keys, cached)]
-        if not any(holds_keys) or len(cached) != len(holds_keys) or any(are_missing):
+        are_missing = [getattr(layer, "keys", None) is None for layer in self.with_keys]
+        if not are_missing or any(are_missing) or len(self.cache.layers) != len(self.native_windows):
             raise self._refusal("attention layers do not put their keys and values into its cache", BOUNDED)
         tables = inverse_frequencies(self.model, self.config)
         traits = []
-        for index, ((keys, values), native_window) in enumerate(zip(cached, self.native_windows)):
+        for index, (layer, native_window) in enumerate(zip(self.cache.layers, self.native_windows)):
             if native_window == NO_KEYS:
                 traits.append(None)
                 continue
+            keys, values = layer.keys, layer.values
             if keys.dtype != values.dtype:
                 dtypes = f"keys in {keys.dtype} and values in {values.dtype}"
                 raise self._refusal(f"it has {dtypes}. Put it into one dtype, model.to(dtype)", BOUNDED)
@@ -229,8 +229,7 @@ class Probe:
 
     def check_that_no_token_sees_later_ones(self) -> None:
         """Texts 0 and 2 differ only in their third token; if earlier keys differ, the model is not causal."""
-        layers = [layer for layer, window in zip(self.cache.layers, self.native_windows) if window != NO_KEYS]
-        for states in filter(torch.numel, (layers[-1].keys, layers[-1].values)):
+        for states in filter(torch.numel, (self.with_keys[-1].keys, self.with_keys[-1].values)):
             _, tolerance = ROTATION_TOLERANCE[states.dtype]
             states = self._by_position(states[:, :, :2]).float()
             differences = (states[0] - states[2]).flatten(1).abs().amax(1)
