@@ -299,14 +299,13 @@ class Probe:
     def _ask(self, cache: DynamicCache, columns: slice, masks: dict | torch.Tensor | None = None) -> torch.Tensor:
         """Logits `[texts, positions, vocab]` of the last of these columns of the texts, which go into the cache."""
         inputs = {
-            "input_ids": self.texts.repeat_interleave(len(self.positions), dim=0)[:, columns],
-            "position_ids": (self.positions.repeat(len(self.texts))[:, None] + torch.arange(NUM_SPLIT))[:, columns],
+            "input_ids": self.texts.repeat_interleave(len(self.positions), dim=0)[:, columns].to(self.device),
+            "position_ids": (self.positions.repeat(len(self.texts))[:, None] + torch.arange(NUM_SPLIT)[columns]).to(self.device),
             cache_name(self.accepted): cache,
             "attention_mask": masks,
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         logits = self.model(**{name: value for name, value in inputs.items() if name in self.accepted}).logits[:, -1]
         return self._by_position(logits[:, :: max(logits.shape[-1] // MAX_COMPARED_LOGITS, 1)].float())
 
