@@ -129,8 +129,7 @@ class Call:
 
     @property
     def cache_arguments(self) -> dict:
-        sizes = {name: self.option(name) for name in CACHE_SIZES}
-        return {name: value for name, value in sizes.items() if value is not None} | self.cache_mode
+        return {name: size for name in CACHE_SIZES if (size := self.option(name)) is not None} | self.cache_mode
 
     def cache_to_continue(self):
         """The cache that is passed, None for a new one.
