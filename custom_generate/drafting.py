@@ -145,8 +145,7 @@ class Drafter:
     def _roll_back(self, input_ids: torch.Tensor) -> None:
         """Take back all of the last draft that is not in the text."""
         length = min(self.text.shape[1], input_ids.shape[1] - 1)
-        differences = (self.text[0, :length] != input_ids[0, :length]).nonzero()
-        num_same = int(differences[0]) if len(differences) else length
+        num_same = int((self.text[0, :length] == input_ids[0, :length]).long().cumprod(0).sum())
         try:
             self.cache.crop(min(num_same - self.num_cut_anew - self.cache.num_tokens_seen, 0))
         except ValueError:  # more than was recorded
