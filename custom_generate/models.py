@@ -16,13 +16,6 @@ logger = logging.get_logger(__name__)
 # and of layers that have to know only what is padding.
 FULL_MASKS, SLIDING_MASKS = ("full_attention", "hybrid"), ("sliding_attention", "hybrid_sliding")
 PADDING_MASKS = "linear_attention", "conv"
-# Options of a config that limit a window, and why: of Doge; of MPT, if no keys are rotated; of chunks; of indexers.
-LENGTH_LIMITS = {
-    "keep_window_size": "from there on it chooses among its keys",
-    "max_seq_len": "its position biases end there",
-    "attention_chunk_size": "its layers attend within chunks of that length",
-    "index_topk": "from there on its layers choose among their keys",
-}
 
 
 @dataclass(frozen=True)

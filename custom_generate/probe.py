@@ -10,7 +10,6 @@ from transformers import DynamicCache
 
 from .models import (
     FULL_MASKS,
-    LENGTH_LIMITS,
     PADDING_MASKS,
     SLIDING_MASKS,
     LayerTraits,
@@ -290,10 +289,15 @@ class Probe:
 
     def check_lengths(self, has_rotation: bool) -> None:
         """Refuse a window that is longer than what the model computes alike."""
-        applies = {"max_seq_len": not has_rotation, "attention_chunk_size": self.is_chunked, "index_topk": self.is_indexed}
-        for option, reason in LENGTH_LIMITS.items():
+        limits = [  # options of a config, whether they limit the window of this model, and why
+            ("keep_window_size", True, "from there on it chooses among its keys"),  # Doge
+            ("max_seq_len", not has_rotation, "its position biases end there"),  # MPT
+            ("attention_chunk_size", self.is_chunked, "its layers attend within chunks of that length"),
+            ("index_topk", self.is_indexed, "from there on its layers choose among their keys"),
+        ]
+        for option, applies, reason in limits:
             length = getattr(self.config, option, None)
-            if applies.get(option, True) and length is not None and self.window_length > length:
+            if applies and length is not None and self.window_length > length:
                 raise self._too_long(f" ({option}={length}): {reason}.")
 
     def _ask(self, cache: DynamicCache, columns: slice, masks: dict | torch.Tensor | None = None) -> torch.Tensor:
