@@ -141,8 +141,8 @@ class Probe:
         self.device, self.dtype = input_device(model), model.dtype
         self.config = model.config.get_text_config(decoder=True)
         self.accepted = inspect.signature(model.forward).parameters
-        self.layer_types = tuple(getattr(self.config, "layer_types", None) or ()) or None
-        self.is_chunked = CHUNKED in (self.layer_types or ())
+        self.layer_types = tuple(getattr(self.config, "layer_types", None) or ())
+        self.is_chunked = CHUNKED in self.layer_types
         self.has_old_masks = makes_masks_itself(model)
         self._check_old_models()
         self.max_positions = find_max_positions(model, self.config) if "position_ids" in self.accepted else None
@@ -153,8 +153,8 @@ class Probe:
         self.is_recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in own)
         self.is_indexed = any(isinstance(layer, IndexedLayer) for layer in own)
         # Indexers take one mask for all layers, and none by type, before 5.14.
-        takes_one_mask = self.is_indexed and len(set(self.layer_types or ())) <= 1
-        self.takes_masks_by_type = not (self.has_old_masks or takes_one_mask)
+        takes_one_mask = self.is_indexed and len(set(self.layer_types)) <= 1
+        self.takes_masks_by_type = bool(self.layer_types) and not (self.has_old_masks or takes_one_mask)
         self.positions = self._positions()
         # Keys are compared, and must not be cut to a native window: a cache of full attention, unless layers need others.
         needs_own = self.is_recurrent or self.is_indexed or any(isinstance(layer, DummyLayer) for layer in own)
@@ -285,7 +285,7 @@ class Probe:
         mask = mask.expand(len(self.texts) * len(self.positions), -1, -1, -1)
         if self.is_recurrent:
             return dict.fromkeys((*FULL_MASKS, *SLIDING_MASKS), mask) | dict.fromkeys(PADDING_MASKS)
-        return dict.fromkeys(self.layer_types, mask) if self.takes_masks_by_type and self.layer_types else mask
+        return dict.fromkeys(self.layer_types, mask) if self.takes_masks_by_type else mask
 
     def check_lengths(self, has_rotation: bool) -> None:
         """Refuse a window that is longer than what the model computes alike."""
