@@ -125,7 +125,6 @@ def check_unprepared(traits: ModelTraits, stream, num_columns: int, num_rows: in
             "become sinks. Call model(**cache.prepare(input_ids, attention_mask)), or generate with custom_generate."
         )
     num_after = max(stream.num_tokens) + num_columns
-    max_positions = min(traits.max_positions or MAX_EXACT_POSITION, MAX_EXACT_POSITION)
     reason = None
     if num_columns > 1 and num_after > stream.shortest_length:
         reason = f"{num_columns} tokens at once go past the window of {stream.shortest_length}, and need a mask of their own"
@@ -137,7 +136,7 @@ def check_unprepared(traits: ModelTraits, stream, num_columns: int, num_rows: in
         reason = "the recurrent layers of this model are told by `prepare` what is padding, and positions by nobody else"
     elif any(stream.base):
         reason = "the keys so far stand at positions that `prepare` chose"
-    elif num_after > max_positions:
+    elif num_after > min(traits.max_positions or MAX_EXACT_POSITION, MAX_EXACT_POSITION):
         reason = f"position {num_after - 1} is more than this model can tell apart"
     if reason is not None:
         remedy = "Call model(**cache.prepare(input_ids)), or generate with custom_generate"
