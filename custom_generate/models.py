@@ -118,7 +118,7 @@ def find_max_positions(model: torch.nn.Module, config) -> int | None:
         rope_types = rope_types.values() if isinstance(rope_types, dict) else [rope_types]
         if any("dynamic" in rope_type for rope_type in rope_types):
             limits.append(module.original_max_seq_len)
-        if any(rope_type == "longrope" for rope_type in rope_types):
+        if "longrope" in rope_types:
             limits += originals
     if parameters.get("llama_4_scaling_beta"):  # Ministral 3: queries are scaled from there on
         limits += originals
