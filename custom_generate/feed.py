@@ -18,8 +18,6 @@ DEFAULT_PREFILL_CHUNK_SIZES = (1024, 512, 128)
 MAX_SINK_COPIES = 4 * 512
 # Arguments of a forward pass that `SinkCache.prepare` makes.
 PREPARED_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", *CACHE_NAMES)
-# Arguments that `generate` makes longer with each token, and that the cache has no need of.
-GROWING_INPUTS = ("attention_mask", "position_ids")
 
 
 class Feed(contextlib.AbstractContextManager):
@@ -73,7 +71,8 @@ class Feed(contextlib.AbstractContextManager):
             return others | self._inputs_of_next_pass(input_ids, others)
 
         def update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs):
-            kept = {name: value for name, value in model_kwargs.items() if name not in GROWING_INPUTS}
+            # These would be made longer with each token, and the cache has no need of them.
+            kept = {name: value for name, value in model_kwargs.items() if name not in ("attention_mask", "position_ids")}
             updated = model._update_model_kwargs_for_generation(outputs, kept, *args, **kwargs)
             if "cache_position" in updated:
                 updated["cache_position"] = updated["cache_position"][-1:]
