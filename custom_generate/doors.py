@@ -43,10 +43,11 @@ def check_tokens(tokens, num_dims: int, attention_mask, cache) -> list[int]:
     batch_size, num_columns = tokens.shape[:2]
     if num_dims == 2 and (tokens.is_floating_point() or tokens.dtype == torch.bool):
         raise ValueError(f"input_ids must be whole numbers, got {tokens.dtype}. Embeddings are passed as inputs_embeds.")
-    if cache.batch_size not in (-1, batch_size):
+    num_held = -1 if cache.stream is None else cache.stream.batch_size
+    if num_held not in (-1, batch_size):
         raise ValueError(
-            f"This cache holds {cache.batch_size} rows, and {batch_size} are passed. Pass as many, a new cache, or one brought "
-            "to that size with batch_select_indices or batch_repeat_interleave."
+            f"This cache holds {num_held} rows, and {batch_size} are passed. Pass as many, a new cache, or one brought to that "
+            "size with batch_select_indices or batch_repeat_interleave."
         )
     if attention_mask is None:
         return [num_columns]
