@@ -29,7 +29,7 @@ class Feed(contextlib.AbstractContextManager):
         chunk_size: tokens of the prompt in one pass; None for what is fastest.
         is_synced: other processes have passes when this one has, for as long as one of them needs any (`synced_gpus`).
         num_last: tokens of the prompt that `generate` begins with. None: as many as go through in one pass.
-        shortest_pass: its columns: 2 if the model computes single tokens in another way than several, and nobody asks for them.
+        shortest_pass: 1 column, or 2 if the model computes a single token in another way than several (and nobody asks for it).
         num_padding_columns: columns of input_ids that the cache never counted: a constant, once the prompt has been fed.
         is_idle: this text has ended, and texts of other processes have not.
         stopped: which rows the stopping criteria have ended last, `[rows]`, and the number of columns then.

@@ -61,7 +61,8 @@ class Cursor:
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
         if dtype != self.visible.dtype:  # for the first time, or after model.set_attn_implementation
-            self.visible = torch.zeros_like(self.visible, dtype=dtype)
+            with torch.inference_mode(False):  # it can be changed later in any mode
+                self.visible = torch.zeros_like(self.visible, dtype=dtype)
             keep_in_place(self.visible)
             self._show(self._num_visible)
         return self.visible
@@ -144,6 +145,10 @@ class StaticSinks(Sinks):
         else:
             super().allocate(batch_size)
             keep_in_place(self.pristine)
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        super().select_rows(index)
+        keep_in_place(self.pristine)
 
 
 class StaticStream(Stream):

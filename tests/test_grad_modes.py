@@ -23,6 +23,7 @@ MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch
 KINDS = {
     "plain": {},
     "static": {"static": True},
+    "static, eager": {"static": True},  # masks that are added to the scores
     "quantized": {"quantized": {"backend": "fp8", "q_group_size": 8, "residual_length": 2}},
     "offloaded": {"offloaded": True},
     "recurrent": {},
@@ -104,7 +105,9 @@ CASES = [
 @functools.cache
 def model_of(kind: str) -> torch.nn.Module:
     """With parameters that ask for gradients, as models do that were not told otherwise."""
-    return build_recurrent_model("lfm2") if "recurrent" in kind else build_model("llama", "sdpa", num_hidden_layers=2)
+    if "recurrent" in kind:
+        return build_recurrent_model("lfm2")
+    return build_model("llama", "eager" if "eager" in kind else "sdpa", num_hidden_layers=2)
 
 
 def read(model, cache: SinkCache, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:

@@ -330,6 +330,19 @@ def test_nothing_moves():
     assert_same(logits[1:], oracle_logits(model, stream[1:], WINDOW_LENGTH, NUM_SINK_TOKENS))
 
 
+def test_torch_is_told_what_stays_in_place():
+    """Also when there are other rows: CUDA graphs copy what they are not told of, at each token."""
+    model = build_model("qwen2-half-sliding", "sdpa")
+    cache = SinkCache.from_model(model, **WINDOW, static=True)
+    for change in (lambda: None, lambda: cache.batch_repeat_interleave(2), cache.reset):
+        change()
+        feed(model, cache, random_ids(3, num_rows=max(cache.batch_size, 1)), [1] * 3)
+        stream = cache.stream
+        read = [*(ring.slots for ring in stream.rings), *(sinks.pristine for sinks in stream.groups)]
+        read += [*(sinks.turn for sinks in stream.groups), *(each for cursor in stream.cursors.values() for each in cursor.tensors)]
+        assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in read)
+
+
 @pytest.mark.parametrize("options", [{"num_return_sequences": 3, "do_sample": True}, {"num_beams": 3}])
 def test_rows_come_and_go(options):
     """Beams change places at each step, in the same buffers; their number is that of the prompt's rows only at first."""
