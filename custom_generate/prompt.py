@@ -211,8 +211,8 @@ class SeenRow:
             return None
         if num_tokens == 1 and self.unseen is not None:
             return num_tokens
-        # Whether two tokens or more repeat the end of the text, before the one that was returned last.
-        is_end = min(overlap, len(self.recent)) > 1 and ids[overlap] == self.unseen
+        # Whether two tokens or more repeat the end of the text, before the one that was returned last or another in its place.
+        is_end = min(overlap, len(self.recent)) > 1 and (ids[overlap] == self.unseen or num_tokens == self.window_length)
         return None if is_end or self._begins(ids) else num_tokens
 
     def _begins(self, ids: list[int]) -> bool:

@@ -497,7 +497,7 @@ class CacheMachine(RuleBasedStateMachine):
             return not stream.num_gone_by and cache.num_tokens_seen > 0
         if not stream.knows_ids:
             return False
-        for row, text, num in zip(stream.rows, texts, counts):
+        for row, text, num, returned in zip(stream.rows, texts, counts, stream.returned or [NO_TOKEN] * len(texts)):
             seen = row.text.length
             recent = text[:seen][-(seen if seen <= W else W - self.num_sinks) :]
             first = text[: min(seen, self.num_sinks)]
@@ -511,7 +511,7 @@ class CacheMachine(RuleBasedStateMachine):
             if len(text) + stream.num_gone_by <= W:
                 continue  # it is the whole text
             ends = [end for end in range(1, W) if passed[max(end - len(recent), 0) : end] == recent[-min(end, len(recent)) :]]
-            if num >= W or not ends or max(ends) != W - num:
+            if num >= W or not ends or max(ends) != W - num or passed[0] == returned != new[0]:
                 return False
         return True
 

@@ -310,3 +310,17 @@ def test_the_end_of_a_text_whose_first_token_is_the_one_returned_last(model):
     mask = torch.ones(1, 120 + cut.shape[1], dtype=torch.long)
     generate(cut, attention_mask=mask, model=model, past_key_values=cache, max_new_tokens=1)
     assert cache.num_tokens_seen == 120 + cut.shape[1]
+
+
+def test_as_many_tokens_as_the_window_holds_that_are_either_its_end_or_new(model):
+    """The end of the text with another token in the place of the one returned last, which by chance is also their first: refused."""
+    ids, num_new = random_ids(120), 4
+    cache = SinkCache.from_model(model, **WINDOW)
+    feed(model, cache, ids, [120])
+    end = ids[:, 120 - (WINDOW_LENGTH - num_new) :]
+    cache.unseen_token_ids = [int(end[0, 0])]
+    cut = torch.cat([end, random_ids(num_new, seed=5)], dim=1)
+    assert cut[0, -num_new] != cut[0, 0]
+    with pytest.raises(ValueError, match="begin within the text.*If all are new, pass an attention_mask for the whole text"):
+        generate(cut, model=model, past_key_values=cache, max_new_tokens=1)
+    assert cache.num_tokens_seen == 120
