@@ -80,7 +80,7 @@ def count_tokens(attention_mask: torch.Tensor) -> list[int]:
 
 
 def check_parts(num_columns: int, num_new: list[int], num_parts, takes_parts: bool) -> None:
-    check_count("num_parts", num_parts)
+    check_count("num_parts", num_parts, why=f"; num_parts_of({num_columns}) says how many are best")
     reason = None
     if num_columns % num_parts:
         reason = f"{num_columns} tokens can't be divided into so many parts of one length. Take num_parts_of({num_columns})"

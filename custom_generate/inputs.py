@@ -48,8 +48,8 @@ class ModelInputs:
         if min(current.num_new) < current.num_columns:
             padding = last_columns(current.num_new, current.num_columns, device).long().expand(current.batch_size, -1)
         is_causal = padding is None or not self.traits.is_recurrent
-        for layers, _ in self.stream.places.values():
-            is_causal = is_causal and (not layers or layers[0].plan.is_causal)
+        for layer in self.masked_layers.values():
+            is_causal = is_causal and layer.plan.is_causal
         if is_causal and self._model_makes_this_mask(current):
             return None
         num_rows, takes_numbers = current.batch_size * current.num_parts, self.traits.has_old_masks or self.traits.is_indexed

@@ -24,7 +24,6 @@ class Ring:
         self.slots = torch.zeros(0, num_heads, 0, head_dim, dtype=dtype, device=device)
         self.sinks = None
         self.number: int | None = None
-        self.log: list[tuple] = []
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -103,7 +102,7 @@ class Ring:
             self.slots[rows, :, slots] = overwritten[is_undone]
 
     def forget(self) -> None:
-        self.log = []
+        self.log: list[tuple] = []
 
     def rebase(self, num_positions: torch.Tensor) -> None:
         """Lower the positions of each row by `num_positions` `[rows, 1, 1]`: keys behind the sinks turn back, rounded once."""

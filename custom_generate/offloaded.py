@@ -20,7 +20,6 @@ class StoredRing(Ring):
     how sinks move is the same as in a plain ring.
     """
 
-    @torch.inference_mode(False)
     def allocate(self, batch_size: int) -> None:
         super().allocate(batch_size, self.window.num_sinks)
 

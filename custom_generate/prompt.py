@@ -239,10 +239,12 @@ class SeenRow:
             return "They begin with the last one that was returned. If all are new, pass an attention_mask for the whole text."
         if not is_longer and not begins:
             if self._overlap(ids) > 1:
-                end = f"They begin within the text. Of its end, pass the last {self.window_length} tokens (no more, no less)"
+                end = f". Of its end, pass the last {self.window_length} tokens (no more, no less)"
+                if len(ids) == self.window_length:
+                    end = f", with another token where {self.unseen} was returned. If they are its end, keep {self.unseen} there"
                 if ids[0] == self.unseen:
-                    return f"{end}. If all are new, pass an attention_mask for the whole text."
-                return f"{end}, the new ones among them."
+                    return f"They begin within the text{end}. If all are new, pass an attention_mask for the whole text."
+                return f"They begin within the text{end}, the new ones among them."
             return (
                 f"New tokens have to begin with the last one that was returned, {self.unseen}, which the cache has not seen. "
                 "Pass sequences[:, cache.get_seq_length():] and then the new ids."

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 
+from .doors import check_count
 from .layers import Ring, selected, take_slots, undone
 from .offloaded import StoredRing
 from .plan import Plan
@@ -61,8 +62,7 @@ class Quantization:
                 raise ValueError(f"{name}={value!r} can't be used with backend={self.backend!r}. {choice}.")
         if type(self.q_group_size) is not int or self.q_group_size < 8 or self.q_group_size % 8:
             raise ValueError(f"q_group_size must be a positive multiple of 8, got {self.q_group_size!r}.")
-        if type(self.residual_length) is not int or self.residual_length < 0:
-            raise ValueError(f"residual_length must be an int of at least 0, got {self.residual_length!r}.")
+        check_count("residual_length", self.residual_length, least=0)
         if module is not None:
             backend_module(self.backend)
 
@@ -247,7 +247,6 @@ class QuantizedRing(StoredRing):
         blocks = zip(("codes", "scales", "offsets", "lowered"), [part[:, :, :num_blocks] for part in self.blocks])
         return {"slots": self.slots, "recent": self.recent} | dict(blocks)
 
-    @torch.inference_mode(False)
     def allocate(self, batch_size: int) -> None:
         super().allocate(batch_size)
         new, (_, num_heads, _, head_dim), dtype = self.slots.new_zeros, self.slots.shape, self.slots.dtype

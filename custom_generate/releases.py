@@ -98,13 +98,10 @@ def restore_recurrent(layer, states: dict[str, torch.Tensor], flags: list[bool])
     """Put named states, and what `has_previous_state` said of them, into a new layer of transformers."""
     for name, state in states.items():
         kind, key = name.split(".")
-        has_several = isinstance(getattr(layer, kind), dict)
-        layer.lazy_initialization(**{kind: state}, **({"state_idx": int(key)} if has_several else {}))
-        (getattr(layer, kind)[int(key)] if has_several else getattr(layer, kind)).copy_(state)
-    if isinstance(layer.has_previous_state, dict):
-        layer.has_previous_state.update(enumerate(flags))
-    else:
-        (layer.has_previous_state,) = flags
+        which = {"state_idx": int(key)} if isinstance(getattr(layer, kind), dict) else {}
+        layer.lazy_initialization(**{kind: state}, **which)
+        named_states(layer)[name].copy_(state)
+    layer.has_previous_state = dict(enumerate(flags)) if isinstance(layer.has_previous_state, dict) else flags[0]
 
 
 def makes_masks_itself(model: torch.nn.Module) -> bool:
@@ -117,12 +114,9 @@ def stop_counting(view: torch.nn.Module) -> None:
     """Before 5.4, `generate` computes from the lengths of `input_ids` and of the text seen which tokens are new, and fails if the
     prompt is the shorter one. Nothing reads the positions that it makes of them, so a single one will do."""
     if hasattr(view, "_get_initial_cache_position"):
-
-        def get_initial_cache_position(length, device, model_kwargs):
-            model_kwargs["cache_position"] = torch.ones(1, dtype=torch.long, device=device)
-            return model_kwargs
-
-        vars(view)["_get_initial_cache_position"] = get_initial_cache_position
+        vars(view)["_get_initial_cache_position"] = lambda length, device, model_kwargs: (
+            model_kwargs | {"cache_position": torch.ones(1, dtype=torch.long, device=device)}
+        )
 
 
 def is_left_to_model(name: str, value, own, use_model_defaults: bool | None) -> bool:

@@ -22,12 +22,12 @@ class Sinks:
         for_queries: cosines and sines that move the sinks for each query of a pass, `[2, rows, 1, columns, num_sinks, head_dim]`.
     """
 
+    pristine: torch.Tensor | None = None
+
     def __init__(self, rings: list[Ring]):
         self.rings, self.window, self.rotation = rings, rings[0].window, rings[0].rotation
         for number, ring in enumerate(rings):
             ring.sinks, ring.number = self, number
-        self.pristine: torch.Tensor | None = None
-        self.allocate(0)
 
     @property
     def tensors(self) -> list[torch.Tensor]:

@@ -91,7 +91,7 @@ class Stream:
         if len(num_new) > 1 or len(num_seen) > 1:
             num_new, num_seen, base = (x if len(x) == batch_size else x * batch_size for x in (num_new, num_seen, base))
         num_after, bases = [seen + new for seen, new in zip(num_seen, num_new)], []
-        for seen, after, start in zip(num_seen, num_after, base):
+        for seen, after, start in zip(num_seen, num_after, base) if is_prepared else ():
             is_due = seen - start >= traits.rebase_at or (limit is not None and after - start > limit)
             lowest = min(seen, self.ids.window.length)  # else sinks would stand before position 0; met only after a roll-back
             bases.append(seen - lowest if is_due or seen - start < lowest else start)

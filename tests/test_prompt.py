@@ -321,6 +321,7 @@ def test_as_many_tokens_as_the_window_holds_that_are_either_its_end_or_new(model
     cache.unseen_token_ids = [int(end[0, 0])]
     cut = torch.cat([end, random_ids(num_new, seed=5)], dim=1)
     assert cut[0, -num_new] != cut[0, 0]
-    with pytest.raises(ValueError, match="begin within the text.*If all are new, pass an attention_mask for the whole text"):
+    remedies = f"If they are its end, keep {cut[0, 0]} there. If all are new, pass an attention_mask for the whole text"
+    with pytest.raises(ValueError, match=f"begin within the text, with another token where {cut[0, 0]} was returned. {remedies}"):
         generate(cut, model=model, past_key_values=cache, max_new_tokens=1)
     assert cache.num_tokens_seen == 120
