@@ -46,8 +46,8 @@ def check_tokens(tokens, num_dims: int, attention_mask, cache) -> list[int]:
     num_held = -1 if cache.stream is None else cache.stream.batch_size
     if num_held not in (-1, batch_size):
         raise ValueError(
-            f"This cache holds {num_held} rows, and {batch_size} are passed. Pass as many, a new cache, or one brought to that "
-            "size with batch_select_indices or batch_repeat_interleave."
+            f"This cache holds {num_held} rows, and {batch_size} are passed. Pass as many, a new cache, this one after reset(), "
+            "or one brought to that size with batch_select_indices or batch_repeat_interleave."
         )
     if attention_mask is None:
         return [num_columns]
@@ -146,9 +146,12 @@ def check_unprepared(traits: ModelTraits, stream, num_columns: int, num_rows: in
 
 def check_crop(num_removed: int, stream, traits: ModelTraits) -> None:
     if traits.is_recurrent:
-        raise ValueError(f"Can't take back {num_removed} tokens: this model has recurrent states, and they can't be turned back.")
+        raise ValueError(
+            f"Can't take back {num_removed} tokens: this model has recurrent states, and they can't be turned back. To go back "
+            "to a place in a text, make a copy there: copy.deepcopy(cache)."
+        )
     if num_removed > min(stream.num_seen):
-        raise ValueError(f"Can't take back {num_removed} tokens: a row of the cache has seen only {min(stream.num_seen)}.")
+        raise ValueError(f"Can't take back {num_removed} tokens: a row has seen only {min(stream.num_seen)}. Take back fewer.")
     if max(stream.num_seen) > stream.num_intact and stream.num_recorded < num_removed:
         raise ValueError(
             f"Can't take back {num_removed} tokens: what they evicted is gone, but for that of the last {stream.num_recorded}. "

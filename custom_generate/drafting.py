@@ -1,5 +1,6 @@
 """Assisted decoding, in the loop of transformers: the model checks a few drafted tokens in one pass, and rejects some."""
 
+import contextlib
 import copy
 import functools
 from dataclasses import replace
@@ -49,8 +50,9 @@ class DraftFeed(Feed):
             if self.sequences is not None:  # but for its last token, all that is in the text does
                 num_columns = cache.num_tokens_seen + cache.num_padding_columns
                 num_loose = min(max(num_columns - (self.sequences.shape[1] - 1), 0), num_loose)
-            cache.crop(-num_loose)
-            cache.activate_past_recording(False)
+            with contextlib.suppress(ValueError):  # a pass that can't be repeated: who comes next is told
+                cache.crop(-num_loose)
+                cache.activate_past_recording(False)
         else:  # refused by transformers, which has begun to record
             self.cache.stream.is_recording = self.was_recording
         super().__exit__(*error)

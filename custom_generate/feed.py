@@ -146,7 +146,7 @@ class Feed(contextlib.AbstractContextManager):
             if is_last:  # a pass that only keeps step: where weights are sharded, no process can run the model alone
                 uncompiled(**others | {rest.name: rest.tokens[:, -1:], "use_cache": False})
                 continue
-            size = min(size, rest.num_columns - (self.num_last or self.shortest_pass))
+            size = min(size, rest.num_columns - (self.num_last or (1 if rest.pictures else self.shortest_pass)))
             chunk, rest = rest.split(size - size % part_length if size > part_length else size)
             inputs = cache.prepare(**chunk.arguments, num_parts=cache.num_parts_of(chunk.num_columns) if takes_parts else 1)
             if inputs["attention_mask"] is not None and not chunk.pictures.keys().isdisjoint(TOKEN_TYPES):

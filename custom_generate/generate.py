@@ -9,12 +9,17 @@ The method is StreamingLLM (https://arxiv.org/abs/2309.17453). Of the tokens see
 and the model sees them as if they were numbered 0 .. window_length - 1. It does not see further back than that: the context
 does not get longer, the text does. While nothing has been evicted, the logits are those of `DynamicCache`.
 
+One token: `prepare` decides what the pass does (`Pass`, and a `Plan` for each window) and moves the sinks to where its query
+needs them. The model then calls `update` for each attention layer: the key and the value are written to a slot, and all slots are
+handed out. After the last layer, `Stream.commit` counts the token as seen.
+
 Read in this order: `window.py` (where a token is stored), `rotation.py` (how a key moves), `plan.py` (what one forward pass
 does), `layers.py` (which carry it out), `SinkCache` and `generate` here; then `sinks.py` (which moves the sinks), `stream.py`
-(which opens and ends a pass) and `feed.py` (which calls `prepare` for each pass of a text).
+(which opens and ends a pass) and `feed.py` (which calls `prepare` for each pass of a text). What differs between models
+stands in `models.py` and `probe.py`, between releases in `releases.py`; a kind of window is a `Stream` that `bind` chooses.
 
 Nothing opens a connection, changes anything global, or leaves anything on the model. No file is opened but the file whose path is
-passed to `SinkCache.save` or `load`.
+passed to `SinkCache.load`, or to `SinkCache.save`, which writes a file beside it first.
 """
 
 import contextlib
@@ -63,14 +68,14 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     A layer whose native sliding window is not longer than `window_length` keeps that window as it is, without sinks: the model
     was trained so. Every other attention layer gets sinks and window. Recurrent and convolutional states stay as they are.
 
-    To move the sinks, the cache has to know how the model encodes positions. `generate` tells it; in a loop of one's own,
+    To move the sinks, the cache has to know how the model encodes positions. `generate` tells it. In a loop of your own:
 
         cache = SinkCache.from_model(model, window_length=256, num_sink_tokens=4)
         logits = model(**cache.prepare(input_ids)).logits        # any number of new tokens, padded batches too
         logits = model(input_ids, past_key_values=cache).logits  # one row; one token at a time once the window is full
 
-    does. With the second form the model counts positions by itself, without an end. `prepare` keeps positions small, and so
-    exact in float32 for texts of any length.
+    With the second form the model counts positions by itself, without an end. `prepare` keeps positions small, and so exact in
+    float32 for texts of any length.
 
     Args:
         window_length: tokens held, the sinks and the newest token included.
@@ -82,7 +87,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     Attributes:
         unseen_token_ids: the last token that `generate` returned for each row, which is not yet processed; None if there is none.
-        num_padding_columns: columns of the text of `generate` that the cache never counted, while drafts are rolled back.
+        num_padding_columns: columns of `input_ids` that the cache never counted, because they are padding in every row. `crop`
+            needs the number while `generate` counts all columns.
 
     Raises:
         ValueError: the numbers make no window, or the options don't go together.
@@ -134,7 +140,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         check_attention(config)
         if self.traits is not None:
             check_mode(model)
-            check_same(model, self.model(), *self._bound_as)
+            check_same(model, self.model_ref(), *self._bound_as)
             self.inputs.config = config
             return
         traits = model_traits(model, self.window_length)
@@ -144,7 +150,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         stream = kind(self.window, {index: layer for index, layer in enumerate(traits.layers) if layer is not None})
         check_model(model, traits, {index: layer.window for index, layer in stream.layers.items()}, self.is_static)
         self.traits, self.stream, self.inputs = traits, stream, ModelInputs(model, config, traits, stream)
-        self.model, self._bound_as = weakref.ref(model), (model.dtype, model.device)
+        self.model_ref, self._bound_as = weakref.ref(model), (model.dtype, model.device)
         self._make_layers()
 
     def _make_layers(self) -> None:
@@ -172,6 +178,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         Raises:
             ValueError: what is passed does not fit to the cache or can't be processed exactly. The cache is as before.
         """
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("input_ids and inputs_embeds are two forms of the same tokens, and could differ. Pass one of them.")
         tokens, name, num_dims = (input_ids, "input_ids", 2) if inputs_embeds is None else (inputs_embeds, "inputs_embeds", 3)
         if self.stream is None:
             self.require_model()
@@ -180,7 +188,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             check_parts(tokens.shape[1], num_new, num_parts, self.takes_parts)
         if self.is_static:  # a graph is made for one memory layout, and the ids are read once more when the next pass begins
             tokens = tokens.clone(memory_format=torch.contiguous_format)
-            input_ids = tokens if inputs_embeds is None else input_ids
+        input_ids = tokens if inputs_embeds is None else None
         self._begin(*tokens.shape[:2], num_new, num_parts=num_parts, input_ids=input_ids)
         return self.inputs.of_pass(tokens, name) | {self.inputs.cache_name: self}
 
@@ -211,10 +219,10 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
 
     @torch.inference_mode(False)  # what is made here may be changed in any mode
     def _begin(self, batch_size: int, num_columns: int, num_new: list[int], num_parts=1, input_ids=None, is_prepared=True):
-        """Decide all that a pass does. Nothing is changed before everything has been checked."""
+        """Decide all that a pass does. The last pass is settled; nothing else is changed before all has been checked."""
         self.settle(gives_up=False)
         check_attention(self.inputs.config)
-        stream, traits, model = self.stream, self.traits, self.model()
+        stream, traits, model = self.stream, self.traits, self.model_ref()
         if model is not None and model.training:
             check_mode(model)
         current = stream.next_pass(traits, num_new, batch_size, num_columns, num_parts, is_prepared)
@@ -246,8 +254,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             self.recurrent.settle()
         if (stream.current is not None or self.traits.is_recurrent) and self.is_interrupted and not is_reset:
             raise ValueError(
-                f"The last pass was interrupted before it had been through all {len(self.layers)} layers, when some had already "
-                "let go of what a second try needs. Call reset(), or go on from a copy that was made before."
+                f"The last pass has not been through all {len(self.layers)} layers, and can't be repeated. Call reset(), or go "
+                "on from a copy that was made before."
             )
         if gives_up and stream.current is not None:
             stream.give_up()
@@ -302,7 +310,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
     # Roll-back
 
     def activate_past_recording(self, is_active: bool = True) -> None:
-        """Keep what passes evict from now on, until `crop` says which of their tokens stand. False: no longer; all of them do."""
+        """Keep what passes evict from now on, until `crop` takes tokens back. False: stop, and nothing so far is taken back."""
         self.require_model()
         self.settle()
         self.num_padding_columns = 0
@@ -311,8 +319,9 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             self.stream.forget_recorded()
 
     def crop(self, num_tokens: int) -> None:
-        """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if negative, else all but the first so
-        many (as before transformers 5.14, where `generate` counts all columns of its text). What was recorded is let go.
+        """Take the last tokens back, as if they had never been seen: `-num_tokens` of them if not positive, else all but the
+        first `num_tokens` (as before transformers 5.14, where `generate` counts all columns of its text). What was recorded is
+        let go.
 
         Raises:
             ValueError: the tokens that those ones evicted were not recorded, or there are not so many. The cache is as before.
@@ -399,7 +408,7 @@ def generate(
             each call, with `negative_prompt_ids`; to go on with it, pass the whole of it there.
 
     Raises:
-        ValueError: what is passed can't be processed exactly, as the message says. Nothing was run, and the cache is as before.
+        ValueError: what is passed can't be processed exactly, as the message says. The cache has seen no token of this call.
     """
     model = view_of(unwrapped(model))
     kwargs |= {"inputs": inputs, "generation_config": generation_config}
@@ -410,7 +419,7 @@ def generate(
     if cache is None:
         cache = SinkCache(**call.cache_arguments)
     with cache.in_one_call():
-        cache.settle(gives_up=False)  # what was compiled leaves that to us
+        cache.settle(gives_up=False)  # a compiled pass leaves that to the next call
         prompt = whole_prompt(call, cache)
         unseen = unseen_part(prompt, cache, call.num_copies)
         guidance = Guidance.of(call, cache, prompt)

@@ -36,8 +36,8 @@ class Ring:
         return self.slots[:, :, self.window.num_sinks :]
 
     def views(self, num_tokens: int) -> dict[str, torch.Tensor]:
-        """Views of all that a text of so many tokens has left here, to be saved or filled. Dimension 0 has the rows."""
-        if num_tokens > self.slots.shape[2] < self.window.length:
+        """Make room for so many tokens, and return views of all that they leave here, to save or fill. Rows are dimension 0."""
+        if self.slots.shape[2] < min(num_tokens, self.window.length):
             self.grow(num_tokens)
         return {"slots": self.slots[:, :, : min(num_tokens, self.window.length)]}
 
@@ -120,7 +120,7 @@ class Ring:
 class SinkLayer(CacheLayerMixin):
     """One attention layer of a `SinkCache`, as transformers knows it. The pass is decided before; a layer only carries it out."""
 
-    is_croppable = is_initialized = True  # a pass makes room for all layers when it begins
+    is_croppable = is_initialized = True  # rings make room when they are written
 
     def __init__(self, window: Window, rings: list[Ring], stream, is_sliding: bool):
         self.window, self.rings, self.stream, self.is_sliding = window, rings, stream, is_sliding

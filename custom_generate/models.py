@@ -175,7 +175,11 @@ def check_model(model: torch.nn.Module, traits: ModelTraits, windows: dict[int, 
         raise ValueError(f"The static mode can't serve {name}, which depends on the order of the keys. Leave it out.")
     masks = {(traits.layer_types[index] if traits.layer_types else "", window) for index, window in windows.items()}
     if not traits.is_ordered and len(masks) > len({name for name, _ in masks}):
-        raise ValueError(f"SinkCache gives one mask to all layers of a type, and those of {name} differ in their windows.")
+        shortest = min(window.length for window in windows.values())
+        raise ValueError(
+            f"SinkCache gives one mask to all layers of a type, and those of {name} differ in their windows. With "
+            f"window_length={shortest - 1} or less they do not."
+        )
 
 
 def check_same(model: torch.nn.Module, bound: torch.nn.Module | None, dtype: torch.dtype, device: torch.device) -> None:

@@ -57,11 +57,11 @@ class Plan:
     Attributes:
         num_held: slots in use after the pass, of the row that has the most.
         kv_length: keys that the pass is handed, in each part.
-        is_causal: no mask is needed. In all rows, a single query sees all slots handed out, or slots are in the order of tokens.
+        is_causal: no mask is needed, because a single query sees all slots, or slots are in the order of tokens, in all rows.
         can_be_undone: rolling back the pass restores the window, because no new token has evicted another new token.
-        recent_before: the slots of recent tokens that are in use before the pass.
+        recent_before: the slots of recent tokens that are in use before the pass. As `workspace`, for the second kind only.
         rows, slots, columns: column `columns[i]` of row `rows[i]` is written to slot `slots[i]`. Slices where that is possible.
-        written: row, slot and token of all that a recorded pass writes, known before it: a captured graph can't compute them.
+        written: row, slot and token of all that a recorded pass writes. Known before it runs: a graph can't compute them.
         shifts: how far the sinks are moved: a number for each row (a list), or for each query, `[rows, columns]`.
         order: slots in the order of their tokens, `[rows, num_held]`, for an ordered pass. Else None.
         workspace: memory for copies that are handed out.

@@ -78,7 +78,7 @@ _known_traits: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.Weak
 
 
 def model_traits(model: torch.nn.Module, window_length: int) -> ModelTraits:
-    """Finds out what the cache has to know of a model, the first time by forward passes over 390 tokens.
+    """Finds out what the cache has to know of a model, at first by passes over 390 tokens (2,500 with recurrent layers).
 
     Raises:
         ValueError: the rules can't be kept for this model. The message says what stands in the way.

@@ -66,7 +66,8 @@ class ReadableCache(Cache):
     @property
     def positions(self) -> list[int]:
         """The position at which the next token of each row will stand, unless positions are lowered first."""
-        return self._by_row([seen - start for seen, start in zip(self.stream.num_tokens, self.stream.base)])
+        stream = self.stream
+        return self._by_row([0] if stream is None else [seen - start for seen, start in zip(stream.num_tokens, stream.base)])
 
     def _by_row(self, numbers: list[int]) -> list[int]:
         return list(numbers) if len(numbers) > 1 else numbers * max(self.batch_size, 1)
@@ -175,6 +176,7 @@ class ReadableCache(Cache):
     @property
     def num_columns_at_once(self) -> int:
         """The longest next pass that does not cross an edge: of the window while it is filling, then of the small positions."""
+        self.require_model()
         columns, rebase_at = [], self.traits.rebase_at
         for seen, start in zip(self.stream.num_tokens, self.stream.base):
             left = self.window_length - seen if seen < self.window_length else rebase_at - (seen - start)

@@ -1,4 +1,4 @@
-"""Every difference between releases of transformers and torch, and nothing else. The oldest release is transformers 4.57.
+"""What differs between releases of transformers and torch, and what wrappers hold. The oldest release is transformers 4.57.
 
 A release is recognised by what it has, not by its number, so that the next release has a chance to just work. What transformers
 passes to methods of a cache in one form or another (`update`, `get_mask_sizes`, `crop`) is taken in either form by the method.

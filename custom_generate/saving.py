@@ -31,7 +31,7 @@ def save_cache(cache, path: str | os.PathLike) -> None:
             "was interrupted, run it again first, model(**cache.prepare(...)), or save a copy that was made before."
         )
     cache.settle()
-    stream, recurrent, model = cache.stream, cache.recurrent, cache.model()
+    stream, recurrent, model = cache.stream, cache.recurrent, cache.model_ref()
     if model is None:
         raise ValueError("Can't save a cache whose model is gone: the file has to say which model can go on from it.")
     if os.path.isdir(path):
@@ -50,7 +50,7 @@ def save_cache(cache, path: str | os.PathLike) -> None:
     try:
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         save_file(tensors, beside, {"sink_cache": json.dumps(numbers)})
-        with open(beside, "rb") as file:
+        with open(beside, "r+b") as file:  # Windows flushes no file that is open for reading only
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:

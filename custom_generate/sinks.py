@@ -17,7 +17,8 @@ class Sinks:
 
     Attributes:
         pristine: the sinks as they came, with their partners: float32 `[2, layers, batch, heads, num_sinks, head_dim]`.
-        moved_by: how far the sinks in the slots are from where they came: a number for each row, or a single one.
+        moved_by: how far the sinks in the slots are from where they came: a number for each row, or a single one. Negative
+            where that is not known (static.py).
         are_new: the pass writes some of them, so that they have to be kept when it is done.
         for_queries: cosines and sines that move the sinks for each query of a pass, `[2, rows, 1, columns, num_sinks, head_dim]`.
     """

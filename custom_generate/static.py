@@ -135,7 +135,7 @@ class StaticSinks(Sinks):
             self.turn = cos_sin.clone(memory_format=torch.contiguous_format)
             keep_in_place(self.turn)
         self.turn.copy_(cos_sin)
-        self.moved_by = [-shift for shift in plan.shifts]  # equals no shift: an interrupted pass moves sinks of some layers only
+        self.moved_by = [-shift for shift in plan.shifts]  # not known: an interrupted pass moves the sinks of some layers only
 
     def allocate(self, batch_size: int) -> None:
         if self.pristine is not None and batch_size in (0, self.pristine.shape[2]):

@@ -84,8 +84,8 @@ class Stream:
         """What the next forward call brings. Nothing is changed.
 
         The base of a row is rarely raised, and then so that positions go on from `window_length`: they stay small, so that
-        float32 angles are exact, and the frequencies of all RoPE types are those of short texts. A key is rotated back, and so
-        rounded, at most once in `window_length` tokens.
+        float32 angles are exact, and the frequencies of all RoPE types are those of short texts. Then a key is rotated back, and
+        so rounded: once in `window_length` tokens, or once a pass if a pass takes more positions than the model has left.
         """
         num_seen, base, limit = self.num_seen, self.base, traits.max_positions
         if len(num_new) > 1 or len(num_seen) > 1:

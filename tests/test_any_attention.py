@@ -97,7 +97,7 @@ def test_generate_equals_that_of_the_sdpa_model(kind, mode):
     outputs = generate(texts, attention_mask=mask, model=other, **options)
     assert torch.stack(outputs.logits).equal(torch.stack(reference.logits))
     assert_unchanged(other, before)
-    assert outputs.past_key_values.model() is other
+    assert outputs.past_key_values.model_ref() is other
     if mode == "quantized":
         assert any(ring.blocks[0].shape[2] for ring in rings_of(outputs.past_key_values) if hasattr(ring, "blocks"))
 
@@ -135,7 +135,7 @@ def test_a_loop_with_the_model_itself_is_refused_with_the_view_as_the_remedy(mod
     assert_same(logits, oracle_logits(model, outputs.sequences, **WINDOW)[:, -1:])
     more = generate(torch.cat([outputs.sequences, ids], 1), model=view, past_key_values=cache, max_new_tokens=3, **RECORD)
     assert view(**cache.prepare(more.sequences[:, -1:])).logits.isfinite().all(), "the view that the user has told of still holds"
-    assert SinkCache.from_model(view, **WINDOW).model() is other
+    assert SinkCache.from_model(view, **WINDOW).model_ref() is other
 
 
 def test_attention_that_is_changed_in_the_middle_of_a_stream(model):

@@ -359,6 +359,27 @@ def test_nothing_of_a_draft_is_left_after_an_interrupt(model):
     assert vars(assistant.generation_config) == config and model.config.to_dict() == assistant_early_exit
 
 
+def test_an_interrupt_within_a_draft_is_what_its_user_gets(model):
+    """Some layers had already let go of what a second try needs: whoever uses the cache next is told, and not in place of Ctrl-C."""
+    cache, prompt, plain = SinkCache(**WINDOW), random_ids(30), generate(random_ids(30), model=model, max_new_tokens=30, **WINDOW, **RECORD)
+    options = {"model": model, "past_key_values": cache, "max_new_tokens": 30, "assistant_model": assistant_like(model, 0)}
+
+    def interrupt(layer, arguments):
+        if cache.stream is not None and cache.stream.is_recording and arguments[0].shape[1] > 1:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            generate(prompt, **options, do_sample=False)
+    finally:
+        handle.remove()
+    with pytest.raises(ValueError, match=r"can't be repeated. Call reset\(\)"):
+        generate(prompt, **options, do_sample=False)
+    cache.reset()
+    assert generate(prompt, **options, do_sample=False).equal(plain.sequences)
+
+
 def test_a_stop_that_is_known_one_step_late(model, monkeypatch):
     """Where transformers decodes one step ahead (on Apple's GPUs), it takes the last one back."""
     if not hasattr(transformers.generation.utils, "DeferredStopCheck"):

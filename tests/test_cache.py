@@ -101,6 +101,9 @@ def test_what_can_not_come_in_parts_is_refused(model):
     assert_goes_on(model, cache, streams, 16)
     with pytest.raises(ValueError, match="Make it with SinkCache.from_model"):
         SinkCache().num_parts_of(5)
+    with pytest.raises(ValueError, match="does not know how the model moves keys"):
+        SinkCache().num_columns_at_once
+    assert SinkCache().positions == [0]
     model = build_recurrent_model("lfm2")
     recurrent = new_cache(model)
     feed(model, recurrent, random_ids(20), [20])
@@ -534,7 +537,7 @@ def test_an_interrupted_pass_that_can_not_be_repeated_is_not_glossed_over(model)
     cache, streams = filled(model, 50)
     with interrupted_at(model.model.layers[2]):
         feed(model, cache, streams[:, 50:60], [10])
-    with pytest.raises(ValueError, match=r"interrupted before .* all 4 layers.*reset\(\)"):
+    with pytest.raises(ValueError, match=r"not been through all 4 layers, and can.t be repeated.*reset\(\)"):
         cache.prepare(streams[:, 50:51])
     cache.reset()
     assert_goes_on(model, cache, streams, 0)
@@ -602,7 +605,7 @@ def test_recurrent_states_that_have_gone_on_are_not_glossed_over(model_type, tmp
         if layer is model.get_output_embeddings():  # all states are there
             num_seen = 41
         else:
-            with pytest.raises(ValueError, match=r"interrupted before .* all \d+ layers"):
+            with pytest.raises(ValueError, match=r"not been through all \d+ layers"):
                 cache.prepare(streams[:, 40:41])
             with pytest.raises(ValueError, match="in the middle of a pass"):
                 cache.save(tmp_path / "cache")

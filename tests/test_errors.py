@@ -365,6 +365,8 @@ def test_what_is_no_tensor_of_tokens_for_prepare(model):
             cache.prepare(value)
     with pytest.raises(ValueError, match=r"attention_mask must be a Tensor, got \[\[1, 1\]\] \(list\)"):
         cache.prepare(random_ids(2), [[1, 1]])
+    with pytest.raises(ValueError, match="input_ids and inputs_embeds are two forms of the same tokens.*Pass one of them"):
+        cache.prepare(random_ids(2), inputs_embeds=torch.zeros(1, 2, model.config.hidden_size))
     assert not cache.is_initialized
 
 

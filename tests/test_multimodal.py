@@ -1,6 +1,7 @@
 """Multimodal decoder-only models: with text they are as exact as any other; pictures go through the model in one pass."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -208,6 +209,22 @@ def test_pictures_in_later_turns(model_type, kind):
     num = text.shape[1] - 1
     expected = oracle_logits(Merged(model, torch.cat(embeddings, dim=1)), torch.arange(num)[None], 30, NUM_SINK_TOKENS)
     assert_same(torch.stack(logits, dim=1), expected[:, places])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llava", "gemma3"])
+def test_a_picture_right_before_the_last_token(model_type):
+    """Also for a model that computes a single token in another way than several: all but the last token comes with the picture."""
+    model = build_with_eyes(model_type)
+    ids, pictures, logits = text_of(model, seed=1)[:, :-5], pictures_of(model, 1, seed=1), []
+    assert ids[0, -2] == PICTURE != ids[0, -1]
+    types = {"token_type_ids": (ids == PICTURE).long()} if model_type == "gemma3" else {}
+    for splits_exactly in (True, False):
+        cache = SinkCache.from_model(model, 30, NUM_SINK_TOKENS)
+        cache.traits = dataclasses.replace(cache.traits, splits_exactly=splits_exactly)
+        outputs = generate(ids, model=model, past_key_values=cache, max_new_tokens=20, **pictures, **types, **WRITE)
+        logits.append(torch.stack(outputs.logits, dim=1))
+    assert_same(*logits)
 
 
 @torch.no_grad()

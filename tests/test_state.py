@@ -477,6 +477,14 @@ def test_writing_is_all_or_nothing(model, content, tmp_path, monkeypatch):
     assert SinkCache.load(path, model).window_length == WINDOW_LENGTH and [*tmp_path.iterdir()] == [path]
 
 
+def test_what_is_flushed_was_opened_for_writing(model, tmp_path, monkeypatch):
+    """On Windows, only such a file can be flushed to the disk."""
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.write(getattr(file, "fileno", lambda: file)(), b"")))
+    SinkCache.from_model(model, **WINDOW).save(tmp_path / "cache")
+    assert flushed == [0] and SinkCache.load(tmp_path / "cache", model).num_tokens_seen == 0
+
+
 @pytest.mark.parametrize("how", [pickle.dumps, copy.copy])
 def test_pickling_points_to_save(model, how):
     with pytest.raises(TypeError, match=r"can't be pickled.*cache.save\(path\) and SinkCache.load\(path, model\).*copy.deepcopy"):
