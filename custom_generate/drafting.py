@@ -11,7 +11,7 @@ from .feed import Feed
 from .options import Call, without_our_options
 from .prompt import Prompt
 from .releases import CACHE_NAME, input_device, shallow_copy, unwrapped
-from .views import view_of, viewed
+from .views import copied, view_of, viewed
 
 # With two tokenizers, the last tokens of a text may be cut anew when others follow. So many of them a drafter reads again.
 NUM_TOKENS_CUT_ANEW = 10
@@ -52,7 +52,7 @@ class DraftFeed(Feed):
                 num_loose = min(max(num_columns - (self.sequences.shape[1] - 1), 0), num_loose)
             with contextlib.suppress(ValueError):  # a pass that can't be repeated: who comes next is told
                 cache.crop(-num_loose)
-                cache.activate_past_recording(False)
+                cache.activate_past_recording(self.was_recording)
         else:  # refused by transformers, which has begun to record
             self.cache.stream.is_recording = self.was_recording
         super().__exit__(*error)
@@ -90,6 +90,11 @@ def drafting_model(call: Call, cache) -> torch.nn.Module | None:
     if assistant is None:
         return None
     assistant = view_of(unwrapped(assistant))
+    if assistant.device.type == "meta":
+        raise ValueError(
+            "The model that drafts is offloaded, and transformers would lose the text on its device, meta. Load it as a whole "
+            "(assistant_early_exit: the model itself), or leave the assistance out."
+        )
     own_cache = cache.empty_like()
     own_cache.bind(assistant)
     _check_roll_back(assistant, own_cache.traits)
@@ -101,23 +106,20 @@ def drafting_model(call: Call, cache) -> torch.nn.Module | None:
 
 
 def _first_layers(model: torch.nn.Module, num_layers: int) -> torch.nn.Module:
-    """The model without its last layers, as a shallow copy. (transformers changes the config of the model itself.)"""
-    shortened, config = shallow_copy(model), copy.deepcopy(model.config)
-    num_all = config.get_text_config(decoder=True).num_hidden_layers
+    """A copy of the model without its last layers, of the same weights. (transformers changes the config of the model itself.)"""
+    shortened = copied(model)
+    config = shortened.config.get_text_config(decoder=True)
+    num_all = config.num_hidden_layers
     if not isinstance(num_layers, int) or isinstance(num_layers, bool) or not 1 <= num_layers < num_all:
         raise ValueError(f"assistant_early_exit must be one of the first {num_all - 1} of {num_all} layers, got {num_layers!r}.")
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
-    shortened.config = config
-    for name, body in model.named_children():
-        lists = {n: part for n, part in body.named_children() if isinstance(part, torch.nn.ModuleList) and len(part) == num_all}
-        if lists:
-            body = shallow_copy(body)
-            body.config = config
-            body._modules = body._modules | {n: part[:num_layers] for n, part in lists.items()}
-            shortened._modules = shortened._modules | {name: body}
-    if shortened._modules is model._modules:
+    parts = [(body, name, part) for body in shortened.children() for name, part in body.named_children()]
+    lists = [each for each in parts if isinstance(each[2], torch.nn.ModuleList) and len(each[2]) == num_all]
+    for body, name, layers in lists:
+        body._modules[name] = layers[:num_layers]
+    if not lists:
         raise ValueError(f"assistant_early_exit can't be used with {type(model).__name__}: no layers were found. Leave it out.")
     return shortened
 

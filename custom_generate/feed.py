@@ -55,8 +55,16 @@ class Feed(contextlib.AbstractContextManager):
             last = [self.ends.get(row, num_columns) - 1 for row in range(num_rows)]
             has_last = num_columns > 0 and num_rows == cache.batch_size
             cache.unseen_token_ids = sequences[range(num_rows), last].tolist() if has_last else None
-        elif cache.num_tokens_seen_by_row == self.before[0]:  # no pass has ended
-            cache.unseen_token_ids = self.before[1]
+            return
+        (num_seen, unseen), now = self.before, cache.num_tokens_seen_by_row
+        num_copies = len(now) // len(num_seen)
+        if not any(now) and cache.is_initialized:  # no pass has ended: another batch may come
+            cache.reset()
+        elif now == [num for num in num_seen for _ in range(num_copies)]:
+            with contextlib.suppress(ValueError):  # a pass that can't be repeated: who comes next is told
+                if num_copies > 1:
+                    cache.batch_select_indices(torch.arange(0, len(now), num_copies))
+                cache.unseen_token_ids = unseen
 
     def view(self) -> torch.nn.Module:
         """A shallow copy of the model that shares all of it, but takes the inputs of its forward passes from here. The model
@@ -138,15 +146,17 @@ class Feed(contextlib.AbstractContextManager):
             is_unpadded = rest.mask is None or bool(rest.mask[:, 0].all())  # padding is on the left
             takes_parts = cache.takes_parts and is_unpadded and not rest.pictures
             part_length = cache.window.part_length if takes_parts else rest.num_columns
-            size = self._longest_pass(rest, takes_parts)
-            longest_last = max(min(size, part_length), 2 * self.shortest_pass - 1)
+            edges = self._edges(rest)
+            shortest = 1 if edges or rest.pictures else self.shortest_pass
+            size = min(self._longest_pass(rest, takes_parts), *edges, rest.num_columns)
+            longest_last = max(min(size, part_length), 2 * shortest - 1)
             is_last = not rest.pictures and rest.num_columns <= (self.num_last or longest_last)
             if not self.model._has_unfinished_sequences(is_last, synced_gpus=self.is_synced, device=rest.tokens.device):
                 return rest
             if is_last:  # a pass that only keeps step: where weights are sharded, no process can run the model alone
                 uncompiled(**others | {rest.name: rest.tokens[:, -1:], "use_cache": False})
                 continue
-            size = min(size, rest.num_columns - (self.num_last or (1 if rest.pictures else self.shortest_pass)))
+            size = min(size, rest.num_columns - (self.num_last or shortest))
             chunk, rest = rest.split(size - size % part_length if size > part_length else size)
             inputs = cache.prepare(**chunk.arguments, num_parts=cache.num_parts_of(chunk.num_columns) if takes_parts else 1)
             if inputs["attention_mask"] is not None and not chunk.pictures.keys().isdisjoint(TOKEN_TYPES):
@@ -163,12 +173,15 @@ class Feed(contextlib.AbstractContextManager):
             size = filling if traits.splits_exactly else cache.window_length  # at once, as transformers does
         else:
             size = max(min(full, MAX_SINK_COPIES // max(cache.num_sink_tokens, 1)), undivided) if takes_parts else undivided
-        size = max(min(self.chunk_size or size, cache.num_columns_at_once), self.shortest_pass)
-        if traits.is_recurrent and rest.mask is not None:  # a row that goes on has to be all padding, or to have none
-            rows = zip(cache.num_tokens_seen_by_row, count_tokens(rest.mask))
-            padding = [rest.num_columns - num_new for num_seen, num_new in rows if num_seen > 0]
-            size = min(size, *filter(None, padding), rest.num_columns)
-        return size
+        return max(min(self.chunk_size or size, cache.num_columns_at_once), self.shortest_pass)
+
+    def _edges(self, rest: Prompt) -> list[int]:
+        """Columns where a pass has to end: with recurrent states, a row that goes on has to be all padding, or to have none."""
+        if not self.cache.traits.is_recurrent or rest.mask is None:
+            return []
+        rows = zip(self.cache.num_tokens_seen_by_row, count_tokens(rest.mask))
+        edges = [rest.num_columns - num_new for num_seen, num_new in rows if num_seen > 0]
+        return [edge for edge in edges if 0 < edge < rest.num_columns]
 
 
 class NotedCriteria(StoppingCriteriaList):

@@ -33,7 +33,17 @@ import torch
 from transformers import GenerationConfig
 
 # transformers up to 5.5 copies only the modules that THIS file imports: name all of them here.
-from .doors import check_arguments, check_crop, check_keys, check_parts, check_pass, check_tokens, check_unprepared, in_use
+from .doors import (
+    check_arguments,
+    check_crop,
+    check_keys,
+    check_parts,
+    check_pass,
+    check_rows,
+    check_tokens,
+    check_unprepared,
+    in_use,
+)
 from .drafting import DraftFeed, check_drafting, drafting_model
 from .feed import BeamFeed, Feed
 from .guidance import Guidance, with_processors
@@ -201,17 +211,18 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         stream, layer = self.stream, self.stream.layers[layer_idx]
         # A compiled graph has no place for checks: `prepare` has checked what it may be called for.
         if layer_idx == stream.first_layer and (stream.current is None or not layer.plan.is_in_tensors):
-            self._enter(key_states)
+            self._enter(key_states, value_states)
         handed_out = layer.update(key_states, value_states)
         if layer_idx == stream.last_layer:
             stream.commit()
         return handed_out
 
-    def _enter(self, key_states: torch.Tensor) -> None:
+    def _enter(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """The first layer is reached: by the pass that was prepared, or by a pass that the model begins by itself."""
-        stream, (num_rows, _, num_columns, _) = self.stream, key_states.shape
-        prepared = None if stream.has_begun else stream.current
+        stream, current, (num_rows, _, num_columns, _) = self.stream, self.stream.current, key_states.shape
+        prepared = current if current is not None and current.is_prepared and not stream.has_begun else None
         check_keys(key_states.shape, stream.rings[0].slots.shape, prepared)
+        stream.layers[stream.first_layer].check_dtypes(key_states, value_states)
         if prepared is None:
             check_unprepared(self.traits, stream, num_columns, max(num_rows, stream.batch_size))
             self._begin(num_rows, num_columns, [num_columns], is_prepared=False)
@@ -252,10 +263,11 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
             stream.settle()
         if self.traits.is_recurrent:
             self.recurrent.settle()
-        if (stream.current is not None or self.traits.is_recurrent) and self.is_interrupted and not is_reset:
+        may_be_interrupted = stream.current is not None or stream.is_torn or self.traits.is_recurrent
+        if may_be_interrupted and self.is_interrupted and not is_reset:
             raise ValueError(
-                f"The last pass has not been through all {len(self.layers)} layers, and can't be repeated. Call reset(), or go "
-                "on from a copy that was made before."
+                f"The last pass (or change of the cache) has not been through all {len(self.layers)} layers, and can't be "
+                "repeated. Call reset(), or go on from a copy that was made before."
             )
         if gives_up and stream.current is not None:
             stream.give_up()
@@ -294,10 +306,12 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         self.settle()
         if not self.is_initialized:
             return
-        self.recurrent.select_rows(beam_idx)
-        self.stream.select_rows(beam_idx)
-        if self.unseen_token_ids is not None:
-            self.unseen_token_ids = [self.unseen_token_ids[row] for row in beam_idx.tolist()]
+        check_rows(rows := beam_idx.tolist(), self.batch_size)
+        with self.stream.changing():
+            self.recurrent.select_rows(beam_idx)
+            self.stream.select_rows(beam_idx)
+            if self.unseen_token_ids is not None:
+                self.unseen_token_ids = [self.unseen_token_ids[row] for row in rows]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` (numbers, or a mask), in this order."""
@@ -333,9 +347,8 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         removed = -num_tokens if num_tokens <= 0 else max(0, self.num_tokens_seen + self.num_padding_columns - num_tokens)
         if removed:
             check_crop(removed, stream, self.traits)
-            num_left = [seen - removed for seen in stream.num_seen]
-            stream.undo(num_left)
-            stream.num_seen, self.unseen_token_ids = num_left, None
+            self.unseen_token_ids = None
+            stream.undo([seen - removed for seen in stream.num_seen])
         stream.forget_recorded()
 
     # Copies
@@ -421,7 +434,7 @@ def generate(
     with cache.in_one_call():
         cache.settle(gives_up=False)  # a compiled pass leaves that to the next call
         prompt = whole_prompt(call, cache)
-        unseen = unseen_part(prompt, cache, call.num_copies)
+        unseen = unseen_part(prompt, cache, 1 if call.has_beams else call.num_copies)  # beams go on from one text
         guidance = Guidance.of(call, cache, prompt)
         cache.bind(model)
         feed_arguments, others = (model, cache, with_pictures(unseen, prompt, call, cache), call.chunk_size, call.is_synced), {}

@@ -8,7 +8,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
-from .doors import check_count
+from .doors import check_count, check_tensors
 from .releases import CACHE_NAME, CACHE_NAMES, input_device, is_left_to_model
 
 # Arguments of transformers' loader of custom code, which it hands on.
@@ -77,6 +77,7 @@ class Call:
             self.arguments["input_ids"] = ids
         names = [name for name in self.arguments if name.startswith((*PICTURES, *TOKEN_TYPES))]
         given = {name: value for name in names if (value := self.arguments.pop(name)) is not None}
+        check_tensors(**{name: value for name, value in given.items() if name in TOKEN_TYPES})
         self.pictures = {name: value for name, value in given.items() if name not in TOKEN_TYPES or bool(value.any())}
         num_beams = self.option("num_beams") or 1
         self.has_beams = num_beams > 1

@@ -64,7 +64,7 @@ def whole_prompt(call: Call, cache) -> Prompt:
     has not seen, or, for a new cache, the token that begins texts."""
     arguments, device = call.arguments, input_device(call.model)
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    check_tensors(input_ids=ids, attention_mask=mask)
+    check_tensors(input_ids=ids, attention_mask=mask, inputs_embeds=arguments.get("inputs_embeds"))
     if arguments.get("inputs_embeds") is not None:
         if mask is None and ids is not None and ids.shape == arguments["inputs_embeds"].shape[:2]:
             mask = _with_inferred_mask(ids, call).mask
@@ -200,8 +200,12 @@ class SeenRow:
     def _num_new_of(self, ids: list) -> int | None:
         """How many of these tokens are new: they are the whole text, the end of it, or only what is new. None if they aren't."""
         num_tokens, num_behind = len(ids), len(ids) - self.num_seen
-        if self.first is None or ids[-1] is None:
+        if ids[-1] is None or self.first is None and self.unseen is None:
             return num_behind if num_behind > 0 else None
+        if self.first is None:  # the token returned last begins what is new
+            is_end = num_tokens == self.window_length and self.unseen in ids[1:]
+            found = [num for num in (num_behind, num_tokens) if num > 0 and ids[num_tokens - num] == self.unseen]
+            return found[0] if len(found) == 1 and not is_end else None
         if num_behind > 0 and not self._differences(ids):
             return num_behind
         overlap = self._overlap(ids)

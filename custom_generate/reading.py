@@ -74,8 +74,11 @@ class ReadableCache(Cache):
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether the last pass has not been through all layers, and can't be repeated: no pass with recurrent states can."""
+        """Whether the last pass, or a change of the cache, has not been through all layers, and can't be repeated: no pass with
+        recurrent states can."""
         stream, current = self.stream, self.stream.current
+        if stream.is_torn:
+            return True
         if self.traits.is_recurrent:
             return current is not None or any(stream.num_seen) and not self.traits.noted_layers <= self.layers_reached
         if current is None or not stream.has_begun or current.num_columns == 1:  # a token may overwrite the oldest one twice

@@ -80,9 +80,8 @@ class Sinks:
         if len(shifts) > 1:
             return self.cos_sin(torch.tensor(shifts)[:, None])
         if self._ahead is None or not 0 <= shifts[0] - self._first_ahead < NUM_SHIFTS_AHEAD:
-            self._first_ahead = shifts[0]
             ahead = torch.arange(shifts[0], shifts[0] + NUM_SHIFTS_AHEAD, device=self.rotation.frequency.device)
-            self._ahead = self.cos_sin(ahead[:, None, None])
+            self._ahead, self._first_ahead = self.cos_sin(ahead[:, None, None]), shifts[0]
         return self._ahead[:, shifts[0] - self._first_ahead]
 
     def cos_sin(self, shift: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The state that all layers of a cache share: tokens seen, where positions begin, and the pass under way."""
 
+import contextlib
+
 import torch
 from transformers.utils import is_torchdynamo_compiling
 
@@ -31,6 +33,7 @@ class Stream:
         ids: ids of the tokens held, as a ring that does not move; `knows_ids` is False if some tokens came without ids.
         places: the layers, and the groups of sinks that move alike, of each window and device. The place of `ids` comes first.
         shortest_length: length of the shortest window.
+        is_torn: a change of all layers was interrupted, so that they do not agree.
         num_recorded: tokens that can be rolled back.
         num_intact: the longest text that can be rolled back without a log: nothing of it has been evicted.
     """
@@ -98,7 +101,7 @@ class Stream:
         counts = num_seen, num_new, num_after, bases if is_prepared and bases != base else base
         if len(num_new) > 1 and len(set(zip(*counts))) == 1:  # all rows alike: one number serves them all
             counts = [numbers[:1] for numbers in counts]
-        is_recorded = self.is_recording or num_columns == 1 and max(num_seen) == self.num_intact  # if given up, nothing is lost
+        is_recorded = self.is_recording or num_columns == 1 and self.num_intact in num_seen  # if given up, nothing is lost
         return Pass(*counts, batch_size, num_columns, num_parts, traits.is_ordered, is_prepared, is_recorded)
 
     def begin(self, current: Pass, input_ids: torch.Tensor | None) -> None:
@@ -124,8 +127,8 @@ class Stream:
             self.settle()
 
     def settle(self) -> None:
-        """Make the pass that is done part of what was seen."""
-        (done, ids), self.done, self.input_ids = (self.done, self.input_ids), None, None
+        """Make the pass that is done part of what was seen. (What is repeated after an interrupt changes nothing more.)"""
+        done, ids, num_recorded = self.done, self.input_ids, 0
         self.knows_ids = ids is not None and (self.knows_ids or not any(done.num_seen))
         if self.knows_ids:
             self.ids.update(self.plans[0], ids[:, None, :, None].to(self.ids.slots))
@@ -133,11 +136,11 @@ class Stream:
             sinks.for_queries = None  # memory of a long pass
             if sinks.are_new:
                 sinks.keep()
-        self.num_seen = done.num_after
-        if done.is_recorded or self.num_recorded:  # what a pass evicts that is not recorded can't be put back behind it
-            self.num_recorded += min(done.num_new)
-            if not (self.is_recording and all(layer.plan.can_be_undone for layer in self.layers.values())):
-                self.forget_recorded()
+        if self.is_recording and all(layer.plan.can_be_undone for layer in self.layers.values()):
+            num_recorded = self.num_recorded + min(done.num_new)
+        elif done.is_recorded or self.num_recorded:  # what a pass evicts that is not recorded can't be put back behind it
+            self.forget_recorded()
+        self.num_seen, self.num_recorded, self.done, self.input_ids = done.num_after, num_recorded, None, None
         self.plans = []
         for layer in self.layers.values():  # memory of a long pass
             layer.plan = None
@@ -153,19 +156,31 @@ class Stream:
     def _rebase(self, base: list[int]) -> None:
         num_rows = max(len(base), len(self.base))
         before, after = (each * (num_rows // len(each)) for each in (self.base, base))
-        if after != before:
-            lowered = [[[new - old]] for new, old in zip(after, before)]
-            num_positions = {device: torch.tensor(lowered, device=device) for _, device in self.places}
+        if after == before:
+            return
+        lowered = [[[new - old]] for new, old in zip(after, before)]
+        num_positions = {device: torch.tensor(lowered, device=device) for _, device in self.places}
+        with self.changing():
             for ring in self.rings:
                 if not ring.rotation.is_identity:
                     ring.rebase(num_positions[ring.slots.device])
+            self.base = base
+
+    @contextlib.contextmanager
+    def changing(self):
+        """For a change of all layers. If it is interrupted, the cache is refused until `reset()`."""
+        self.is_torn = True
+        yield
+        self.is_torn = False
 
     # Roll-back
 
     def undo(self, num_tokens: list[int]) -> None:
         """Take back all recorded tokens of each row from `num_tokens` on."""
-        for ring in (*self.rings, self.ids):
-            ring.undo(num_tokens)
+        with self.changing():
+            for ring in (*self.rings, self.ids):
+                ring.undo(num_tokens)
+            self.num_seen = num_tokens
 
     def forget_recorded(self) -> None:
         """What recorded passes have brought stands."""
@@ -198,6 +213,6 @@ class Stream:
         self.current: Pass | None = None
         self.done: Pass | None = None
         self.input_ids, self.plans, self.num_recorded = None, [], 0
-        self.has_begun, self.is_recording, self.knows_ids = False, False, True
+        self.has_begun, self.is_torn, self.is_recording, self.knows_ids = False, False, False, True
         self.allocate(0)
         self.batch_size = -1

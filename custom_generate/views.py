@@ -46,7 +46,7 @@ def view_of(model: torch.nn.Module) -> torch.nn.Module:
             f'{config._attn_implementation}, which is fixed then. Load it with from_pretrained(..., attn_implementation="sdpa").'
         )
     has_sdpa = all(part._supports_sdpa for part in model.modules() if isinstance(part, PreTrainedModel))
-    view = _copied(model, "sdpa" if has_sdpa else "eager")
+    view = copied(model, "sdpa" if has_sdpa else "eager")
     vars(view)["viewed_model"] = model
     return view
 
@@ -63,8 +63,12 @@ def model_for(model: torch.nn.Module) -> torch.nn.Module:
     return model if view is inner else view
 
 
-def _copied(model: torch.nn.Module, attention: str) -> torch.nn.Module:
-    """A copy of a model. It shares everything but its modules and configs: each of them has one copy, wherever it stands."""
+def copied(model: torch.nn.Module, attention: str | None = None) -> torch.nn.Module:
+    """A copy of a model. It shares everything but its modules and configs: each of them has one copy, wherever it stands.
+
+    Args:
+        attention: takes the place of attention that takes no mask for each query. None: it stays.
+    """
     copies = {id(module): shallow_copy(module) for module in model.modules()}
 
     def in_copy(value):
@@ -73,7 +77,7 @@ def _copied(model: torch.nn.Module, attention: str) -> torch.nn.Module:
             if id(value) not in copies:
                 copied = copies[id(value)] = shallow_copy(value)
                 vars(copied).update({name: in_copy(part) for name, part in vars(value).items()})
-                if value._attn_implementation not in (None, *SUPPORTED_ATTENTION):
+                if attention is not None and value._attn_implementation not in (None, *SUPPORTED_ATTENTION):
                     vars(copied)["_attn_implementation_internal"] = attention
             return copies[id(value)]
         value = getattr(value, "_torchdynamo_orig_callable", value)
@@ -88,7 +92,7 @@ def _copied(model: torch.nn.Module, attention: str) -> torch.nn.Module:
     for module in model.modules():
         values = {name: in_copy(value) for name, value in vars(module).items()}
         for name in {"_attn_implementation", "attn_implementation"} & values.keys():  # some layers remember it
-            values[name] = values[name] if values[name] in SUPPORTED_ATTENTION else attention
+            values[name] = values[name] if values[name] in SUPPORTED_ATTENTION else attention or values[name]
         values["_modules"] = {name: copies.get(id(part)) for name, part in module._modules.items()}
         values["_compiled_call_impl"] = None  # compiled for the model itself
         vars(copies[id(module)]).update(values)

@@ -31,7 +31,7 @@ class Workspace:
     def _take(self, num_bytes: int) -> memoryview:
         buffer = next((buffer for buffer in self.buffers if len(buffer[0]) == num_bytes and buffer[1]() is None), None)
         if buffer is None:
-            buffer = [numpy.empty(num_bytes, numpy.uint8), None]  # not a bytearray, which would be filled with zeros first
+            buffer = [numpy.empty(num_bytes, numpy.uint8), lambda: None]  # a bytearray would be filled with zeros first
             self.buffers.append(buffer)
         memory = memoryview(buffer[0])
         buffer[1] = weakref.ref(memory)

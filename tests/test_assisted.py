@@ -179,6 +179,33 @@ def test_the_first_layers_draft(model, num_prompt_tokens):
     assert own.config.to_dict() == before
 
 
+@pytest.mark.parametrize("how", ["model.compile", "compiled forward", "compiled forward of its body", "hooks"])
+def test_the_first_layers_of_a_model_that_was_changed_draft(model, how):
+    """What torch.compile and accelerate put on a model leads to all of its layers."""
+    own, prompt = copy.deepcopy(model), random_ids(30)
+    if how == "model.compile":
+        own.compile(backend="eager")
+    elif how == "hooks":
+        hooks = pytest.importorskip("accelerate.hooks")
+        for each in (own, own.model, *own.model.layers):
+            hooks.add_hook_to_module(each, hooks.AlignDevicesHook(torch.device("cpu")))
+    else:
+        called = own if how == "compiled forward" else own.model
+        called.forward = torch.compile(called.forward, backend="eager")
+    with passes_of(model if how == "model.compile" else own) as columns:
+        outputs = generate(prompt, model=own, assistant_early_exit=1, max_new_tokens=20, **RECORD, **WINDOW)
+    assert len(columns) > 5 or how == "model.compile"
+    assert_like_plain_decoding(model, prompt, outputs, max_new_tokens=20)
+
+
+def test_a_model_that_is_offloaded_can_not_draft(model):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(own := copy.deepcopy(model), execution_device=torch.device("cpu"))
+    for options in ({"assistant_early_exit": 1}, {"assistant_model": own}):
+        with pytest.raises(ValueError, match="model that drafts is offloaded.*Load it as a whole"):
+            generate(random_ids(30), model=own, max_new_tokens=20, **options, **WINDOW)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "gpt-neox", "phi3-longrope"])
 def test_the_first_layers_of_other_families_draft(name):
     """GPT-NeoX runs all layers that it has, whatever its config says."""
@@ -357,6 +384,19 @@ def test_nothing_of_a_draft_is_left_after_an_interrupt(model):
         assert outputs.sequences.equal(plain)
         cache.reset()
     assert vars(assistant.generation_config) == config and model.config.to_dict() == assistant_early_exit
+
+
+def test_recording_goes_on_after_a_call_with_drafts(model):
+    """Who has switched it on can still take back what came after that call."""
+    for was_recording in (True, False):
+        cache = SinkCache.from_model(model, **WINDOW)
+        cache.activate_past_recording(was_recording)
+        options = {"model": model, "past_key_values": cache, "max_new_tokens": 5, **NO_END}
+        text = generate(random_ids(40), prompt_lookup_num_tokens=3, **options)
+        assert cache.stream.is_recording == was_recording
+        generate(text, **options)
+        with contextlib.nullcontext() if was_recording else pytest.raises(ValueError, match="Can't take back 3 tokens"):
+            cache.crop(-3)
 
 
 def test_an_interrupt_within_a_draft_is_what_its_user_gets(model):

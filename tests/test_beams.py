@@ -143,6 +143,16 @@ def test_without_a_prompt_the_text_goes_on_from_the_prompt_of_the_search(model):
     assert more[:, 1:].equal(generate(ids, model=model, max_new_tokens=8, do_sample=False, **WINDOW)[:, 20:])
 
 
+def test_a_search_goes_on_from_one_text(model):
+    """Not from the two that a call has returned: of them, it would read only one, and leave rows that belong to no sequence."""
+    cache = SinkCache(**WINDOW)
+    texts = generate(random_ids(5), model=model, past_key_values=cache, num_beams=2, num_return_sequences=2, max_new_tokens=3)
+    with pytest.raises(ValueError, match="This cache holds 2 rows, and 1 are passed"):
+        generate(texts[:1], model=model, past_key_values=cache, num_beams=2, max_new_tokens=3)
+    texts = generate(texts, model=model, past_key_values=cache, num_beams=2, max_new_tokens=3)
+    assert len(texts) == cache.batch_size == len(cache.unseen_token_ids) == 2
+
+
 def test_after_an_interrupted_search_the_cache_goes_on(model):
     class Interrupt(LogitsProcessor):
         def __call__(self, input_ids, scores):

@@ -419,6 +419,8 @@ def test_what_a_first_user_passed(untouched):
         ({"input_ids": ids[:, :0]}, "No tokens: pass input_ids .*with at least one column"),
         ({"input_ids": ids, "prefill_chunk_size": torch.tensor(4)}, r"prefill_chunk_size must be an int of at least 1, got tensor"),
         ({"input_ids": ids, "past_key_values": SinkCache}, "got the class SinkCache. Pass an object, "),
+        ({"input_ids": ids, "token_type_ids": [[0] * 8]}, r"token_type_ids must be a Tensor, got \[\[0, 0.*\(list\)"),
+        ({"input_ids": ids, "inputs_embeds": [[1.0]]}, r"inputs_embeds must be a Tensor, got \[\[1.0\]\] \(list\)"),
         ({"input_ids": ids, "cache_config": {"nbits": 4}}, 'Add cache_implementation="quantized", or leave it out'),
     ]
     for arguments, message in cases:

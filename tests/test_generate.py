@@ -492,6 +492,31 @@ def test_the_model_is_left_as_it_was(when):
         assert after["tensors"][name][0] == pointer and after["tensors"][name][1].equal(value)
 
 
+@pytest.mark.parametrize("num_before", [0, 5])
+def test_a_call_that_is_interrupted_in_its_first_pass_changes_nothing(model, num_before):
+    """Neither the rows, of which it makes copies, nor the token that was returned last; and an empty cache takes another batch."""
+    cache, options = SinkCache.from_model(model, **WINDOW), {"max_new_tokens": 3, "do_sample": False}
+    if num_before:
+        generate(random_ids(num_before), model=model, past_key_values=cache, **options)
+    before = cache.batch_size, cache.unseen_token_ids, cache.num_tokens_seen
+
+    def interrupt(*_):
+        raise Stop
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    call = {"num_return_sequences": 2, "do_sample": True} if num_before else {"inputs": random_ids(4, num_rows=3)}
+    try:
+        with pytest.raises(Stop):
+            generate(model=model, past_key_values=cache, **options | call)
+    finally:
+        hook.remove()
+    assert before == (cache.batch_size, cache.unseen_token_ids, cache.num_tokens_seen)
+    call = {} if num_before else {"inputs": random_ids(5)}
+    text = generate(**call, model=model, past_key_values=cache, **options)
+    expected = generate(random_ids(5), model=model, **options | {"max_new_tokens": 6 if num_before else 3}, **WINDOW)
+    assert text.equal(expected[:, 7:] if num_before else expected)
+
+
 def test_an_interrupted_call_can_be_taken_up_again(model):
     """The cache is at a whole token: what it has seen is what it says."""
     prompt, cache = random_ids(30), SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)

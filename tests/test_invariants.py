@@ -62,6 +62,20 @@ def test_positions_stay_below_twice_the_window_and_keys_are_rotated_once_a_windo
     assert rebased_at == list(range(2 * WINDOW_LENGTH, 10 * WINDOW_LENGTH, WINDOW_LENGTH))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama-dynamic", "phi3-longrope"])
+def test_a_long_text_that_the_model_reads_for_itself_changes_nothing(name):
+    """It leaves the frequencies of long texts on the model: before it is looked at, and between the passes of a cache."""
+    model, ids, long_text = build_model(name), random_ids(), random_ids(600)
+    expected = oracle_logits(model, ids, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    model(long_text)
+    cache, start = SinkCache.from_model(model, WINDOW_LENGTH, NUM_SINK_TOKENS), 0
+    for size in (10, 1, 1, 8, 20, 1, 39):
+        model(long_text)
+        assert_same(feed(model, cache, ids[:, start : start + size], [size]), expected[:, start : start + size])
+        start += size
+
+
 @pytest.mark.parametrize("name", ["phi3-longrope", "llama-dynamic", "llama4"])
 def test_what_is_computed_for_short_texts_holds_for_ever(name):
     """RoPE types that change their frequencies with the largest position, and layers that scale queries by it, must never see one so

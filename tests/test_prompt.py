@@ -281,6 +281,25 @@ def test_embeddings_that_can_not_be_compared(model):
         generate(random_ids(5), model=model, past_key_values=cache, max_new_tokens=5)
 
 
+@pytest.mark.parametrize("num_new", [3, 7, 20])
+def test_new_tokens_after_a_text_that_came_as_embeddings(model, num_new):
+    """There are no ids to compare, but new tokens begin with the one that was returned last. However many there are, none is lost."""
+    cache, embed = SinkCache(**WINDOW), model.get_input_embeddings()
+    embeddings = embed(random_ids(5)).detach()
+    options = {"model": model, "past_key_values": cache, "do_sample": False}
+    answer = generate(inputs_embeds=embeddings, max_new_tokens=3, **options)
+    new = torch.cat([answer[:, -1:], random_ids(num_new, seed=3)], 1)
+    outputs = generate(new, max_new_tokens=4, **options | RECORD)
+    text = torch.cat([embeddings, embed(torch.cat([answer, outputs.sequences[:, 1:]], 1))], 1)
+    assert cache.num_tokens_seen == text.shape[1] - 1
+    fresh = SinkCache.from_model(model, **WINDOW)
+    with torch.no_grad():
+        logits = [model(**fresh.prepare(inputs_embeds=text[:, at : at + 1])).logits for at in range(text.shape[1] - 1)]
+    assert_same(torch.stack(outputs.logits, 1), torch.cat(logits[-4:], 1))
+    with pytest.raises(ValueError, match="Without ids to compare"):  # they do not begin with it, and are not the whole text
+        generate(torch.full((1, 40), int(cache.unseen_token_ids[0] == 0)), max_new_tokens=1, **options)
+
+
 def test_as_many_new_tokens_as_the_window_holds(model):
     """Their first is the last one returned, which the model had said twice: they are new, not the end of the text."""
     cache, text = answered(model, random_ids(30), [5, 6, 6])

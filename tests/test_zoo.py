@@ -130,6 +130,26 @@ def test_published_limits_give_the_logits_of_transformers_own_generate(model_typ
     assert difference(torch.stack(chunked.logits, 1), torch.stack(theirs.logits, 1)) > TOLERANCE, "the comparison would mean nothing"
 
 
+@pytest.mark.parametrize("num_new", [(2, 1), (3, 2), (4, 1), (5, 4)], ids=str)
+@pytest.mark.parametrize("model_type", ["nemotron_h", "zamba2"])
+def test_rows_that_go_on_by_different_numbers_of_tokens(model_type, num_new):
+    """Where a model computes a single token in another way than several, passes of single tokens still end where padding does."""
+    model, cache = build_zoo_model(model_type), SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
+    options = {"model": model, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    first = generate(random_ids(12, num_rows=2), past_key_values=cache, **options)
+    rows = [copy.deepcopy(cache) for _ in num_new]
+    news = [torch.cat([first[row : row + 1, 14:], random_ids(num - 1, seed=row)], 1) for row, num in enumerate(num_new)]
+    ids, mask = left_padded(news)
+    mask, default = torch.cat([torch.ones(2, 14, dtype=torch.long), mask], 1), copy.deepcopy(cache)
+    generate(ids, attention_mask=mask, past_key_values=default, **options)
+    assert default.num_tokens_seen_by_row == [14 + num + 2 for num in num_new]
+    options |= {"prefill_chunk_size": 1, "return_dict_in_generate": True, "output_logits": True}
+    logits = torch.stack(generate(ids, attention_mask=mask, past_key_values=cache, **options).logits, 1)
+    for row, (new, own) in enumerate(zip(news, rows)):
+        own.batch_select_indices(torch.tensor([row]))
+        assert_same(torch.stack(generate(new, past_key_values=own, **options).logits, 1), logits[row : row + 1])
+
+
 @pytest.mark.parametrize("length", [17, 33])
 @pytest.mark.parametrize("model_type", ["nemotron_h", "zamba2"])
 def test_no_token_of_a_long_prompt_is_fed_singly(model_type, length):
