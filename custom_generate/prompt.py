@@ -203,9 +203,10 @@ class SeenRow:
         if ids[-1] is None or self.first is None and self.unseen is None:
             return num_behind if num_behind > 0 else None
         if self.first is None:  # the token returned last begins what is new
-            is_end = num_tokens == self.window_length and self.unseen in ids[1:]
-            found = [num for num in (num_behind, num_tokens) if num > 0 and ids[num_tokens - num] == self.unseen]
-            return found[0] if len(found) == 1 and not is_end else None
+            is_whole, may_be_end = num_behind > 0 and ids[-num_behind] == self.unseen, num_tokens == self.window_length
+            if ids[0] != self.unseen:
+                return num_behind if is_whole else None
+            return None if is_whole or may_be_end and self.unseen in ids[1:] else num_tokens
         if num_behind > 0 and not self._differences(ids):
             return num_behind
         overlap = self._overlap(ids)

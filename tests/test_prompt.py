@@ -296,6 +296,11 @@ def test_new_tokens_after_a_text_that_came_as_embeddings(model, num_new):
     with torch.no_grad():
         logits = [model(**fresh.prepare(inputs_embeds=text[:, at : at + 1])).logits for at in range(text.shape[1] - 1)]
     assert_same(torch.stack(outputs.logits, 1), torch.cat(logits[-4:], 1))
+    if num_new == 3:  # the whole text, as long as the window
+        whole = torch.cat([random_ids(5), answer, outputs.sequences[:, 1:], random_ids(3, seed=4)], 1)[:, :WINDOW_LENGTH]
+        assert whole.shape[1] == WINDOW_LENGTH and cache.num_tokens_seen < WINDOW_LENGTH
+        generate(whole, max_new_tokens=1, **options)
+        assert cache.num_tokens_seen == WINDOW_LENGTH
     with pytest.raises(ValueError, match="Without ids to compare"):  # they do not begin with it, and are not the whole text
         generate(torch.full((1, 40), int(cache.unseen_token_ids[0] == 0)), max_new_tokens=1, **options)
 
