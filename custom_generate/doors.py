@@ -2,6 +2,7 @@
 
 import torch
 
+from .layers import wrong_dtypes
 from .plan import Pass
 from .probe import MAX_EXACT_POSITION, ModelTraits
 from .releases import MODELS_ASK_FOR_QUERY_OFFSET
@@ -173,9 +174,11 @@ def in_use() -> ValueError:
     )
 
 
-def check_keys(shape: torch.Size, made_for: torch.Size, prepared: Pass | None) -> None:
-    """Refuse keys `[rows, heads, columns, head_dim]` that fit neither to the slots of a cache nor to the pass it has prepared."""
-    num_rows, num_heads, num_columns, head_dim = shape
+def check_keys(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, prepared: Pass | None) -> None:
+    """Refuse keys `[rows, heads, columns, head_dim]` that do not fit to the slots of a cache or to the pass it has prepared."""
+    (num_rows, num_heads, num_columns, head_dim), made_for = keys.shape, slots.shape
+    if not keys.dtype == values.dtype == slots.dtype:
+        raise wrong_dtypes(keys, values, slots.dtype)
     if (num_heads, head_dim) != made_for[1::2]:
         raise ValueError(
             f"This cache was made for keys of {made_for[1]} heads of {made_for[3]} dimensions, and the model brings {num_heads} "

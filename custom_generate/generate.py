@@ -221,8 +221,7 @@ class SinkCache(NotesRecurrentLayers, ReadableCache):
         """The first layer is reached: by the pass that was prepared, or by a pass that the model begins by itself."""
         stream, current, (num_rows, _, num_columns, _) = self.stream, self.stream.current, key_states.shape
         prepared = current if current is not None and current.is_prepared and not stream.has_begun else None
-        check_keys(key_states.shape, stream.rings[0].slots.shape, prepared)
-        stream.layers[stream.first_layer].check_dtypes(key_states, value_states)
+        check_keys(key_states, value_states, stream.rings[0].slots, prepared)
         if prepared is None:
             check_unprepared(self.traits, stream, num_columns, max(num_rows, stream.batch_size))
             self._begin(num_rows, num_columns, [num_columns], is_prepared=False)

@@ -139,19 +139,10 @@ class SinkLayer(CacheLayerMixin):
         """`[batch, heads, num_columns, head_dim]` in, `[batch, heads, kv_length, head_dim]` out."""
         plan, (keys, values) = self.plan, self.rings
         if not key_states.dtype == value_states.dtype == keys.slots.dtype:
-            self.check_dtypes(key_states, value_states)
+            raise wrong_dtypes(key_states, value_states, keys.slots.dtype)
         if plan.num_parts > 1:
             key_states, value_states = plan.joined(key_states), plan.joined(value_states)
         return keys.update(plan, key_states), values.update(plan, value_states)
-
-    def check_dtypes(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        dtype = self.keys.dtype
-        if not key_states.dtype == value_states.dtype == dtype:
-            raise ValueError(
-                f"The model brings keys in {key_states.dtype} and values in {value_states.dtype}, and this cache was made for "
-                f"{dtype}. Put the model into one dtype, model.to(dtype), in place of autocast; if that was done after the cache "
-                "was made, make a new one."
-            )
 
     @property
     def record_past(self) -> bool:
@@ -175,6 +166,14 @@ class SinkLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.kv_length, 0
+
+
+def wrong_dtypes(key_states: torch.Tensor, value_states: torch.Tensor, dtype: torch.dtype) -> ValueError:
+    return ValueError(
+        f"The model brings keys in {key_states.dtype} and values in {value_states.dtype}, and this cache was made for {dtype}. "
+        "Put the model into one dtype, model.to(dtype), in place of autocast; if that was done after the cache was made, make a "
+        "new one."
+    )
 
 
 def selected(states: torch.Tensor, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
