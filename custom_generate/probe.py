@@ -165,7 +165,7 @@ class Probe:
             causal = torch.ones(1, 1, NUM_COMPARED, NUM_COMPARED, dtype=torch.bool).tril()
             mask = self._masks(causal) if takes_one_mask else None
             if self.max_positions is not None:  # the frequencies of a long text that was read before would be taken for its own
-                self.model(self.texts[:1, :1].to(self.device), use_cache=False)
+                self.model(input_ids=self.texts[:1, :1].to(self.device), use_cache=False)
             frequencies = {name: buffer.clone() for name, buffer in frequency_buffers(model).items()}
             self.logits = self._ask(self.cache, slice(0, NUM_COMPARED), mask)
         self.with_keys = [layer for layer, window in zip(self.cache.layers, self.native_windows) if window != NO_KEYS]
