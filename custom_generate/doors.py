@@ -147,8 +147,8 @@ def check_unprepared(traits: ModelTraits, stream, num_columns: int, num_rows: in
 
 def check_rows(rows: list[int], batch_size: int) -> None:
     for row in rows:
-        if not 0 <= row < batch_size:
-            raise ValueError(f"There is no row {row}: this cache holds the rows 0 to {batch_size - 1}. Select from these.")
+        if type(row) is not int or not 0 <= row < batch_size:
+            raise ValueError(f"There is no row {row!r}: this cache holds the rows 0 to {batch_size - 1}. Select from these.")
 
 
 def check_crop(num_removed: int, stream, traits: ModelTraits) -> None:

@@ -59,7 +59,9 @@ class Feed(contextlib.AbstractContextManager):
         (num_seen, unseen), now = self.before, cache.num_tokens_seen_by_row
         num_copies = len(now) // len(num_seen)
         if not any(now) and cache.is_initialized:  # no pass has ended: another batch may come
+            is_recording = cache.stream.is_recording
             cache.reset()
+            cache.stream.is_recording = is_recording
         elif now == [num for num in num_seen for _ in range(num_copies)]:
             with contextlib.suppress(ValueError):  # a pass that can't be repeated: who comes next is told
                 if num_copies > 1:

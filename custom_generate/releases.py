@@ -114,9 +114,12 @@ def stop_counting(view: torch.nn.Module) -> None:
     """Before 5.4, `generate` computes from the lengths of `input_ids` and of the text seen which tokens are new, and fails if the
     prompt is the shorter one. Nothing reads the positions that it makes of them, so a single one will do."""
     if hasattr(view, "_get_initial_cache_position"):
-        vars(view)["_get_initial_cache_position"] = lambda length, device, model_kwargs: (
-            model_kwargs | {"cache_position": torch.ones(1, dtype=torch.long, device=device)}
-        )
+
+        def get_initial_cache_position(length, device, model_kwargs):  # in place: 5.0 to 5.2 drop what is returned
+            model_kwargs["cache_position"] = torch.ones(1, dtype=torch.long, device=device)
+            return model_kwargs
+
+        vars(view)["_get_initial_cache_position"] = get_initial_cache_position
 
 
 def is_left_to_model(name: str, value, own, use_model_defaults: bool | None) -> bool:

@@ -4,6 +4,7 @@ A model may be loaded with flash attention, flex attention, a kernel from the Hu
 view, attention is sdpa, or eager where the model has no sdpa. Nothing is left on the model, and it keeps its own attention.
 """
 
+import copy
 import functools
 import types
 
@@ -94,6 +95,7 @@ def copied(model: torch.nn.Module, attention: str | None = None) -> torch.nn.Mod
         for name in {"_attn_implementation", "attn_implementation"} & values.keys():  # some layers remember it
             values[name] = values[name] if values[name] in SUPPORTED_ATTENTION else attention or values[name]
         values["_modules"] = {name: copies.get(id(part)) for name, part in module._modules.items()}
+        values |= {name: copy.copy(hooks) for name, hooks in values.items() if name.endswith("_hooks")}  # more may come to each
         values["_compiled_call_impl"] = None  # compiled for the model itself
         vars(copies[id(module)]).update(values)
     return copies[id(model)]

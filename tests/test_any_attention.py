@@ -230,6 +230,19 @@ def test_layers_that_hooks_have_changed(model):
     assert torch.stack(outputs.logits).equal(torch.stack(reference.logits))
 
 
+@pytest.mark.parametrize("options", [{}, {"assistant_early_exit": 1}], ids=["view", "first layers"])
+def test_hooks_of_a_copy_are_not_those_of_the_model(model, options):
+    """transformers hooks the layers of what it calls with `output_hidden_states=True`, and leaves the hooks there."""
+    other = copy.deepcopy(model) if options else with_other_attention(model)
+    num_layers = model.config.num_hidden_layers
+    call = options | {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True}
+    for _ in range(3):
+        outputs = generate(random_ids(30), model=other, **call, **WINDOW)
+        assert {len(states) for states in outputs.hidden_states} == {num_layers + 1}
+    if not options:
+        assert not any(module._forward_hooks for module in other.modules())
+
+
 def test_eager_where_a_model_has_no_sdpa(monkeypatch):
     model = build_model("llama", "eager")
     other = with_other_attention(model)

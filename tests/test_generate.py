@@ -498,6 +498,7 @@ def test_a_call_that_is_interrupted_in_its_first_pass_changes_nothing(model, num
     cache, options = SinkCache.from_model(model, **WINDOW), {"max_new_tokens": 3, "do_sample": False}
     if num_before:
         generate(random_ids(num_before), model=model, past_key_values=cache, **options)
+    cache.activate_past_recording()
     before = cache.batch_size, cache.unseen_token_ids, cache.num_tokens_seen
 
     def interrupt(*_):
@@ -510,7 +511,8 @@ def test_a_call_that_is_interrupted_in_its_first_pass_changes_nothing(model, num
             generate(model=model, past_key_values=cache, **options | call)
     finally:
         hook.remove()
-    assert before == (cache.batch_size, cache.unseen_token_ids, cache.num_tokens_seen)
+    assert before == (cache.batch_size, cache.unseen_token_ids, cache.num_tokens_seen) and cache.stream.is_recording
+    cache.activate_past_recording(False)
     call = {} if num_before else {"inputs": random_ids(5)}
     text = generate(**call, model=model, past_key_values=cache, **options)
     expected = generate(random_ids(5), model=model, **options | {"max_new_tokens": 6 if num_before else 3}, **WINDOW)

@@ -163,7 +163,8 @@ def test_rows_that_are_not_there_change_nothing(model):
     ids, mask = left_padded([random_ids(20, seed=1), random_ids(9, seed=2)])
     with torch.no_grad():
         model(**cache.prepare(ids, mask))
-    for row in (-1, 2):
+    for row in (-1, 2, True, 1.0):
         with pytest.raises(ValueError, match=f"There is no row {row}: this cache holds the rows 0 to 1"):
-            cache.reorder_cache(torch.tensor([row, 0]))
+            cache.reorder_cache(torch.tensor([row, type(row)(0)]))
+    cache.prepare(random_ids(1, num_rows=2))
     assert cache.num_tokens_seen_by_row == [20, 9]

@@ -277,7 +277,7 @@ def test_embeddings_that_can_not_be_compared(model):
     cache = SinkCache(**WINDOW)
     embeds = model.get_input_embeddings()(random_ids(20)).detach()
     generate(inputs_embeds=embeds, model=model, past_key_values=cache, max_new_tokens=5, do_sample=False)
-    with pytest.raises(ValueError, match="Without ids to compare, only a text of more than 24 tokens.*mask for the whole text"):
+    with pytest.raises(ValueError, match="Without ids to compare, .* a whole text by having it behind 24 tokens.*mask for the whole text"):
         generate(random_ids(5), model=model, past_key_values=cache, max_new_tokens=5)
 
 
@@ -301,7 +301,7 @@ def test_new_tokens_after_a_text_that_came_as_embeddings(model, num_new):
         assert whole.shape[1] == WINDOW_LENGTH and cache.num_tokens_seen < WINDOW_LENGTH
         generate(whole, max_new_tokens=1, **options)
         assert cache.num_tokens_seen == WINDOW_LENGTH
-    with pytest.raises(ValueError, match="Without ids to compare"):  # they do not begin with it, and are not the whole text
+    with pytest.raises(ValueError, match=rf"the last one that was returned \({cache.unseen_token_ids[0]}\).*pass only the new tokens"):
         generate(torch.full((1, 40), int(cache.unseen_token_ids[0] == 0)), max_new_tokens=1, **options)
 
 
