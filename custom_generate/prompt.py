@@ -177,8 +177,8 @@ class SeenRow:
         elif self.first is None and self.unseen is not None and ids[-1] is not None:
             reason = (
                 f"Without ids to compare, new tokens are told by their first, the last one that was returned ({self.unseen}), "
-                f"and a whole text by having it behind {self.num_seen} tokens. Here both hold, or neither: pass only the new tokens, "
-                "with an attention_mask for the whole text."
+                f"and a whole text by having it behind {self.num_seen} tokens. Here both hold, or neither: pass only the new "
+                "tokens, with an attention_mask for the whole text."
             )
         elif self.first is None or ids[-1] is None:
             reason = (
