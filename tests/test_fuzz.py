@@ -505,7 +505,9 @@ class CacheMachine(RuleBasedStateMachine):
             new = text[-num:]
             if how == "new":
                 is_short = len(new) <= stream.num_gone_by + seen and len(new) != W
-                if not is_short or (first and new[: len(first)] == first[: len(new)]):
+                ends = [at for at in range(2, num) if new[at] == returned and len(recent) > 1]
+                repeats = any(new[max(at - len(recent), 0) : at] == recent[-min(at, len(recent)) :] for at in ends)
+                if not is_short or repeats or (first and new[: len(first)] == first[: len(new)]):
                     return False
                 continue
             passed = text[-W:]
