@@ -217,6 +217,6 @@ class BeamFeed(Feed):
             self.cache = self.original
         if self.sequences is not None:
             if self.cache.is_initialized:
-                self.cache.batch_repeat_interleave(len(self.sequences) // self.cache.batch_size or 1)
+                self.cache.batch_repeat_interleave(len(self.sequences) // self.cache.batch_size)
             self.sequences = self.sequences[:, : self.num_columns]  # no columns for embeddings: their last token has no id
         super().__exit__(*error)

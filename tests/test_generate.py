@@ -16,6 +16,7 @@ from checks import (
     assert_same,
     difference,
     feed,
+    interrupted_at,
     left_padded,
     random_ids,
     rings_of,
@@ -500,17 +501,9 @@ def test_a_call_that_is_interrupted_in_its_first_pass_changes_nothing(model, num
         generate(random_ids(num_before), model=model, past_key_values=cache, **options)
     cache.activate_past_recording()
     before = cache.batch_size, cache.unseen_token_ids, cache.num_tokens_seen
-
-    def interrupt(*_):
-        raise Stop
-
-    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
     call = {"num_return_sequences": 2, "do_sample": True} if num_before else {"inputs": random_ids(4, num_rows=3)}
-    try:
-        with pytest.raises(Stop):
-            generate(model=model, past_key_values=cache, **options | call)
-    finally:
-        hook.remove()
+    with interrupted_at(model.model.layers[1]):
+        generate(model=model, past_key_values=cache, **options | call)
     assert before == (cache.batch_size, cache.unseen_token_ids, cache.num_tokens_seen) and cache.stream.is_recording
     cache.activate_past_recording(False)
     call = {} if num_before else {"inputs": random_ids(5)}
